@@ -1,0 +1,114 @@
+"""Per-sample linear algebra on states.
+
+A state is a pytree whose leaves all begin with the batch axis B. The solvers see it as B independent vectors, each the
+concatenation of that sample's entries over all leaves, without ever concatenating them: every operation here works
+leaf by leaf, keeps each leaf's dtype and sharding, and accumulates in float32 or better.
+
+Histories hold the last M states with the history axis second, `[B, M, ...]`, so that the contractions below are plain
+batched matrix-vector products.
+"""
+
+import functools
+import operator
+import string
+
+import jax
+import jax.numpy as jnp
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def accumulation_dtype(state):
+    """The dtype of norms, inner products and small systems: the state's own, but at least float32."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(state)))
+
+
+def batch_size(state) -> int:
+    """B, the common length of the leading axis of every leaf."""
+    return jax.tree.leaves(state)[0].shape[0]
+
+
+def per_sample(values_B, leaf):
+    """Reshapes one value per sample so that it broadcasts against a leaf `[B, ...]`."""
+    return values_B.reshape(values_B.shape + (1,) * (leaf.ndim - 1))
+
+
+def norm(state):
+    """Euclidean norm of every sample over all leaves: `[B]`."""
+    dtype = accumulation_dtype(state)
+
+    def squares(x):
+        return jnp.sum(jnp.square(x.astype(dtype)), axis=tuple(range(1, x.ndim)))
+
+    return jnp.sqrt(functools.reduce(operator.add, map(squares, jax.tree.leaves(state))))
+
+
+def inner(a, b):
+    """Inner product of every sample over all leaves: `[B]`."""
+    dtype = accumulation_dtype(a)
+
+    def products(x, y):
+        return jnp.sum(x.astype(dtype) * y.astype(dtype), axis=tuple(range(1, x.ndim)))
+
+    return functools.reduce(operator.add, map(products, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def subtract(a, b):
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def add_scaled(a, scale_B, b):
+    """`a + scale * b` with one scale per sample."""
+    return jax.tree.map(lambda x, y: x + (per_sample(scale_B, y) * y.astype(scale_B.dtype)).astype(x.dtype), a, b)
+
+
+def mix(a, b, weight: float):
+    """`(1 - weight) * a + weight * b`; `b` itself when the weight is the number 1."""
+    if isinstance(weight, (int, float)) and weight == 1:
+        return b
+    return jax.tree.map(lambda x, y: x + jnp.asarray(weight, x.dtype) * (y - x), a, b)
+
+
+def select(mask_B, a, b):
+    """`a` where the sample's mask is set, else `b`."""
+    return jax.tree.map(lambda x, y: jnp.where(per_sample(mask_B, x), x, y), a, b)
+
+
+def new_history(state, memory: int):
+    """An empty history `[B, memory, ...]` of states like `state`."""
+    # Broadcasting from the state, not from a bare shape, lets the buffer inherit its sharding.
+    return jax.tree.map(lambda x: jnp.repeat(jnp.zeros_like(x)[:, None], memory, axis=1), state)
+
+
+def write(history, slot, state):
+    """The history with `state` in the given slot."""
+    return jax.tree.map(lambda h, x: jax.lax.dynamic_update_index_in_dim(h, x, slot, axis=1), history, state)
+
+
+def coefficients(history, state):
+    """Inner products of every stored state with `state`: `[B, M]`."""
+    dtype = accumulation_dtype(state)
+
+    def products(h, x):
+        axes = string.ascii_lowercase[: x.ndim - 1]
+        return jnp.einsum(f"BM{axes},B{axes}->BM", h, x, precision=_HIGHEST, preferred_element_type=dtype)
+
+    return functools.reduce(operator.add, map(products, jax.tree.leaves(history), jax.tree.leaves(state)))
+
+
+def combine(history, weights_BM):
+    """The weighted sum over the history axis: a state."""
+
+    def weighted(h):
+        axes = string.ascii_lowercase[: h.ndim - 2]
+        total = jnp.einsum(
+            f"BM,BM{axes}->B{axes}",
+            weights_BM,
+            h.astype(weights_BM.dtype),
+            precision=_HIGHEST,
+            preferred_element_type=weights_BM.dtype,
+        )
+        return total.astype(h.dtype)
+
+    return jax.tree.map(weighted, history)

@@ -1,0 +1,82 @@
+"""Turns a user's f, with everything that it closes over, into a pure function with explicit constants.
+
+Every array captured by f (parameters being differentiated, integer masks, random keys, batched tracers under `vmap`)
+becomes an input. Solvers, derivative rules and loops then never close over foreign tracers, and f is traced just once
+however many times it is applied.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+
+
+class Hoisted(NamedTuple):
+    """`z -> function(constants, z)`, callable like the f it was made from."""
+
+    function: Callable[[list, Any], Any]
+    constants: list
+
+    def __call__(self, z):
+        return self.function(self.constants, z)
+
+    def detached(self) -> "Hoisted":
+        """The same map without gradients to anything that f captured."""
+        return self._replace(constants=[jax.lax.stop_gradient(c) for c in self.constants])
+
+
+def hoist(f: Callable, z) -> Hoisted:
+    """Traces f at a state like `z` and checks that it maps states to states.
+
+    Raises:
+      TypeError: f changes the structure, a shape or a dtype of the state, or a leaf cannot be iterated on.
+    """
+    closed, out = jax.make_jaxpr(f, return_shape=True)(z)
+    _check_maps_to_itself(z, out)
+    structure = jax.tree.structure(z)
+
+    def function(constants, z):
+        # Swapping the constants keeps the one trace; evaluating it is the same as calling f.
+        fun = jaxpr_as_fun(_with_constants(closed, constants))
+        return jax.tree.unflatten(structure, fun(*jax.tree.leaves(z)))
+
+    return Hoisted(function, list(closed.consts))
+
+
+def _with_constants(closed, constants):
+    return type(closed)(closed.jaxpr, constants)
+
+
+def as_state(z):
+    """The state as arrays of inexact dtype, weak types made strong.
+
+    Raises:
+      TypeError: a leaf is not floating point or complex.
+    """
+
+    def strong(path, x):
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(
+                f"the state leaf z{jax.tree_util.keystr(path)} has dtype {x.dtype}; a solver needs floating point. "
+                "Convert it (z.astype(jnp.float32)) or let f close over it instead of iterating on it."
+            )
+        return jax.lax.convert_element_type(x, x.dtype)
+
+    return jax.tree_util.tree_map_with_path(strong, z)
+
+
+def _check_maps_to_itself(z, out):
+    if jax.tree.structure(z) != jax.tree.structure(out):
+        raise TypeError(
+            f"f must return a state with the structure of its input: got {jax.tree.structure(out)} for {jax.tree.structure(z)}."
+        )
+    for (path, given), returned in zip(jax.tree_util.tree_leaves_with_path(z), jax.tree.leaves(out), strict=True):
+        if given.shape != returned.shape or given.dtype != returned.dtype:
+            raise TypeError(
+                f"f must keep shape and dtype of every leaf: z{jax.tree_util.keystr(path)} is "
+                f"{given.dtype}{list(given.shape)} but f returned {returned.dtype}{list(returned.shape)}. "
+                "Start from a z_init of the returned shape, or cast f's result (x.astype(z.dtype))."
+            )

@@ -1,0 +1,215 @@
+"""The one solver loop: residuals, stopping, best iterate, statistics, sampled iterates.
+
+Each trip evaluates f once, at the current point z. The residual `f(z) - z` is measured there, a finished sample is
+frozen, the best state of every sample is kept, and the solver says where to look next.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deqjax.core import batched
+from deqjax.core.solvers.base import Solver
+from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
+
+# Keeps the relative residual finite when f(z) = 0.
+_EPSILON = 1e-9
+
+
+class _Carry(NamedTuple):
+    step: jax.Array  # evaluations so far
+    z: Any
+    method: Any  # the solver's own state
+    best: Any
+    samples: Any  # [S, B, ...]: the best iterate at each sampled step
+    abs_lowest: jax.Array  # [B]
+    rel_lowest: jax.Array
+    best_step: jax.Array
+    steps: jax.Array
+    finite: jax.Array
+    finished: jax.Array
+    abs_trace: jax.Array  # [B, N]
+    rel_trace: jax.Array
+
+
+def solve(f: Callable, z_init, solver: Solver, sample_at: Sequence[int] = ()) -> tuple[Any, tuple, SolverStats]:
+    """Iterates from `z_init` until every sample's residual is below the solver's tolerance or its budget is spent.
+
+    Never raises on account of the numbers: a sample that turns non-finite stops there and returns its best finite
+    iterate. Not differentiable in reverse mode; `fixed_point` attaches the gradient.
+
+    Args:
+      f: maps states to states.
+      z_init: state, every leaf `[B, ...]`.
+      solver: method and hyper-parameters.
+      sample_at: increasing evaluation counts at which the best iterate so far is recorded; steps that the solve does
+        not reach repeat its result.
+
+    Returns:
+      The best state, the tuple of recorded states, and the statistics.
+    """
+    _check_samples(sample_at, solver.max_steps)
+    if solver.max_steps == 0:
+        return z_init, (), _unsolved(z_init)
+    if not solver.monitor:
+        return _solve_unmonitored(f, z_init, solver, sample_at)
+
+    sample_steps = jnp.asarray(sample_at, jnp.int32)
+
+    def iterate(carry: _Carry) -> _Carry:
+        f_z = f(carry.z)
+        z_next, method = solver.step(f, carry.z, f_z, carry.method)
+        carry, finished = _record(carry, f_z, solver)
+        if sample_at:
+            row = jnp.sum(carry.step > sample_steps)
+            write = lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x, row, 0)  # noqa: E731
+            # Rewritten at every step until its time has come, so a row never reached holds the last best.
+            samples = jax.tree.map(write, carry.samples, carry.best)
+            carry = carry._replace(samples=samples)
+        return carry._replace(z=batched.select(finished, carry.z, z_next), method=method, finished=finished)
+
+    def unfinished(carry: _Carry):
+        return (carry.step < solver.max_steps) & ~jnp.all(carry.finished)
+
+    def trip(carry: _Carry) -> _Carry:
+        if solver.check_every == 1:
+            return iterate(carry)
+        # Past the budget, or once all are finished, the remaining iterations of a trip change nothing.
+        step = lambda _, c: jax.lax.cond(c.step < solver.max_steps, iterate, lambda c: c, c)  # noqa: E731
+        return jax.lax.fori_loop(0, solver.check_every, step, carry)
+
+    # One more row takes the writes of steps past the last sampled one.
+    n_rows = len(sample_at) + (sample_at[-1] < solver.max_steps) if sample_at else 0
+    carry = jax.lax.while_loop(unfinished, trip, _initial(z_init, solver, n_rows))
+    samples = tuple(_sample(carry, sample_steps, i) for i in range(len(sample_at)))
+    return carry.best, samples, _statistics(carry, solver)
+
+
+def _initial(z_init, solver, n_rows) -> _Carry:
+    leaf = jax.tree.leaves(z_init)[0]
+    # Everything per sample derives from the state, so that it is sharded (and, under shard_map, varies) like it.
+    one_per_sample = jnp.sum(jnp.zeros_like(leaf), axis=tuple(range(1, leaf.ndim)))
+    zeros = jnp.zeros_like(one_per_sample, batched.accumulation_dtype(z_init))
+    infinite = zeros + jnp.inf
+    counts = jnp.zeros_like(one_per_sample, jnp.int32)
+    trace = jnp.repeat(zeros[:, None], solver.max_steps, axis=1)
+    samples = jax.tree.map(lambda x: jnp.repeat(jnp.zeros_like(x)[None], n_rows, axis=0), z_init) if n_rows else ()
+    return _Carry(
+        step=jnp.zeros((), jnp.int32),
+        z=z_init,
+        method=solver.init(z_init),
+        best=z_init,
+        samples=samples,
+        abs_lowest=infinite,
+        rel_lowest=infinite,
+        best_step=counts,
+        steps=counts,
+        finite=counts == 0,
+        finished=counts != 0,
+        abs_trace=trace,
+        rel_trace=trace,
+    )
+
+
+def _record(carry: _Carry, f_z, solver: Solver) -> tuple[_Carry, jax.Array]:
+    """Measures the residual at carry.z; returns the carry with it booked, and who is finished."""
+    absolute = batched.norm(batched.subtract(f_z, carry.z))
+    relative = absolute / (batched.norm(f_z) + _EPSILON)
+    residual, lowest = (absolute, carry.abs_lowest) if solver.stop_mode == "abs" else (relative, carry.rel_lowest)
+
+    active = ~carry.finished
+    finite = jnp.isfinite(absolute) & jnp.isfinite(relative)
+    eligible = active & finite & (carry.step >= solver.burn_in)
+    improved = eligible & ((residual < lowest) | solver.return_final)
+    candidate = f_z if solver.candidate == "image" else carry.z
+
+    def keep_lowest(new, old):
+        return jnp.where(eligible & ((new < old) | solver.return_final), new, old)
+
+    step = carry.step + 1
+    below = eligible & (residual < solver.tol) & (not solver.return_final)
+    dead = carry.finished | (active & ~finite)
+    finished = dead | (below if solver.stop == "each" else jnp.all(below | dead))
+    column = lambda trace, new: trace.at[:, carry.step].set(jnp.where(active, new, 0))  # noqa: E731
+    carry = carry._replace(
+        step=step,
+        best=batched.select(improved, candidate, carry.best),
+        abs_lowest=keep_lowest(absolute, carry.abs_lowest),
+        rel_lowest=keep_lowest(relative, carry.rel_lowest),
+        best_step=jnp.where(improved, step, carry.best_step),
+        steps=jnp.where(active, step, carry.steps),
+        finite=carry.finite & (finite | ~active),
+        abs_trace=column(carry.abs_trace, absolute),
+        rel_trace=column(carry.rel_trace, relative),
+    )
+    return carry, finished
+
+
+def _sample(carry: _Carry, sample_steps, i: int):
+    """The i-th recorded state; the result itself when the solve ended before that step."""
+    reached = carry.step >= sample_steps[i]
+    return jax.tree.map(lambda s, best: jnp.where(reached, s[i], best), carry.samples, carry.best)
+
+
+def _statistics(carry: _Carry, solver: Solver) -> SolverStats:
+    trace, lowest = (carry.abs_trace, carry.abs_lowest) if solver.stop_mode == "abs" else (carry.rel_trace, carry.rel_lowest)
+    last = jnp.take_along_axis(trace, jnp.maximum(carry.steps - 1, 0)[:, None], axis=1)[:, 0]
+    status = jnp.where(last > DIVERGENCE_FACTOR * trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
+    status = jnp.where(lowest < solver.tol, Status.CONVERGED, status)
+    status = jnp.where(carry.finite, status, Status.NON_FINITE)
+
+    unused = jnp.arange(solver.max_steps, dtype=jnp.int32)[None] >= carry.steps[:, None]
+    return SolverStats(
+        abs_lowest=carry.abs_lowest,
+        rel_lowest=carry.rel_lowest,
+        best_step=carry.best_step,
+        steps=carry.steps,
+        abs_trace=jnp.where(unused, carry.abs_lowest[:, None], carry.abs_trace),
+        rel_trace=jnp.where(unused, carry.rel_lowest[:, None], carry.rel_trace),
+        status=status.astype(jnp.int32),
+    )
+
+
+def _solve_unmonitored(f, z_init, solver, sample_at):
+    """`max_steps` steps in one fused loop; only the last residual is measured, samples are the current iterates."""
+
+    def iterate(_, carry):
+        z, method = carry
+        return solver.step(f, z, f(z), method)
+
+    carry, done, samples = (z_init, solver.init(z_init)), 0, []
+    for stop in [*sample_at, solver.max_steps]:
+        # The last step is taken apart from the loop: its residual is the one to report.
+        carry = jax.lax.fori_loop(done, min(stop, solver.max_steps - 1), iterate, carry)
+        done = max(done, min(stop, solver.max_steps - 1))
+        samples.append(carry[0])
+    z, method = carry
+    f_z = f(z)
+    last, _ = solver.step(f, z, f_z, method)
+    samples = [last if at == solver.max_steps else sample for at, sample in zip(sample_at, samples[:-1], strict=True)]
+
+    absolute = batched.norm(batched.subtract(last, z))
+    relative = absolute / (batched.norm(last) + _EPSILON)
+    residual = absolute if solver.stop_mode == "abs" else relative
+    steps = jnp.full_like(absolute, solver.max_steps, jnp.int32)
+    status = jnp.where(residual < solver.tol, Status.CONVERGED, Status.STEP_LIMIT)
+    status = jnp.where(jnp.isfinite(residual), status, Status.NON_FINITE).astype(jnp.int32)
+    stats = SolverStats(absolute, relative, steps, steps, absolute[:, None], relative[:, None], status)
+    return last, tuple(samples), stats
+
+
+def _unsolved(z_init) -> SolverStats:
+    """Statistics of a budget of no evaluations at all."""
+    infinite = jnp.full_like(batched.norm(z_init), jnp.inf)
+    none = jnp.zeros_like(infinite, jnp.int32)
+    empty = jnp.repeat(infinite[:, None], 0, axis=1)
+    return SolverStats(infinite, infinite, none, none, empty, empty, jnp.full_like(none, Status.STEP_LIMIT))
+
+
+def _check_samples(sample_at, max_steps):
+    ordered = all(a < b for a, b in itertools.pairwise(sample_at))
+    if not ordered or any(not 1 <= s <= max(max_steps, 1) for s in sample_at):
+        raise ValueError(f"sample_at={tuple(sample_at)}: must increase and lie between 1 and max_steps={max_steps}.")

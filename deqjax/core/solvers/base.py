@@ -1,0 +1,52 @@
+"""What a solver is: hyper-parameters, `init` and `step`. The loop belongs to `core.solve`."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver:
+    """Hyper-parameters common to all solvers; subclass and add `init` and `step` to make a method.
+
+    Attributes:
+      max_steps: budget of evaluations of f.
+      tol: a sample is finished once its residual is below this.
+      stop_mode: "rel" compares `|f(z) - z| / |f(z)|` with `tol`, "abs" compares `|f(z) - z|`.
+      stop: "each" freezes a finished sample, so that its result does not depend on its batch mates; "all" moves every
+        sample until all are below `tol` at once.
+      check_every: evaluations between two tests whether the whole batch is done (a host or cross-device reduction).
+      return_final: return the last iterate instead of the best one, and never stop early.
+      burn_in: first evaluations that neither end the solve nor count as best.
+      monitor: False drops residuals and stopping altogether: `max_steps` plain steps, the last iterate returned.
+    """
+
+    max_steps: int = 40
+    tol: float = 1e-3
+    stop_mode: str = "rel"
+    stop: str = "each"
+    check_every: int = 1
+    return_final: bool = False
+    burn_in: int = 0
+    monitor: bool = True
+
+    # "image": the state that a residual vouches for is f(z), one application further; "point": z itself.
+    candidate: ClassVar[str] = "image"
+
+    def __post_init__(self):
+        require(self.stop_mode in ("abs", "rel"), "stop_mode", self.stop_mode, '"abs" or "rel"')
+        require(self.stop in ("each", "all"), "stop", self.stop, '"each" or "all"')
+        require(self.max_steps >= 0, "max_steps", self.max_steps, "0 or more")
+        require(self.check_every >= 1, "check_every", self.check_every, "1 or more")
+
+    def init(self, z) -> Any:
+        """The method's own state before the first evaluation at `z`."""
+        raise NotImplementedError
+
+    def step(self, f, z, f_z, state) -> tuple[Any, Any]:
+        """From f evaluated at z to the next point: `(z_next, state)`. f itself is there for line searches."""
+        raise NotImplementedError
+
+
+def require(condition, name, value, allowed):
+    if not condition:
+        raise ValueError(f"{name}={value!r}: must be {allowed}.")

@@ -1,0 +1,83 @@
+"""What a solve reports: residuals, steps and, per sample, how it ended."""
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+
+
+class Status(enum.IntEnum):
+    """How one sample's solve ended. `explanation` says what to do about it."""
+
+    CONVERGED = 0
+    STEP_LIMIT = 1
+    DIVERGED = 2
+    NON_FINITE = 3
+
+    @property
+    def explanation(self) -> str:
+        return _EXPLANATIONS[self]
+
+
+_EXPLANATIONS = {
+    Status.CONVERGED: "the residual fell below `tol`.",
+    Status.STEP_LIMIT: "`max_steps` evaluations did not reach `tol`; raise `max_steps`, loosen `tol`, or use Anderson "
+    "or Broyden if this was Picard. The best iterate seen was returned.",
+    Status.DIVERGED: "the residual grew away from its start: f does not contract here. Damp the solver (`damping`), use "
+    "Broyden, or make f better behaved (weight normalisation, Jacobian regularisation). The best iterate was returned.",
+    Status.NON_FINITE: "f returned NaN or infinity; the best finite iterate was returned. Look for overflow in f, lower "
+    "the learning rate, or damp the solver.",
+}
+
+# A sample that has not converged and ends this many times above its first residual counts as diverged.
+DIVERGENCE_FACTOR = 10.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SolverStats:
+    """Statistics of a solve over B samples with a budget of N evaluations of f.
+
+    Attributes:
+      abs_lowest, rel_lowest: `[B]` smallest residuals `|f(z) - z|` and `|f(z) - z| / |f(z)|`.
+      best_step: `[B]` evaluation that gave the returned state, counted from 1 (0: none was accepted).
+      steps: `[B]` evaluations of f until the sample was finished.
+      abs_trace, rel_trace: `[B, N]` residual at each evaluation, padded with the lowest once the sample is finished.
+      status: `[B]` integers, see `Status`.
+    """
+
+    abs_lowest: jax.Array
+    rel_lowest: jax.Array
+    best_step: jax.Array
+    steps: jax.Array
+    abs_trace: jax.Array
+    rel_trace: jax.Array
+    status: jax.Array
+
+    @property
+    def converged(self) -> jax.Array:
+        """`[B]` booleans."""
+        return self.status == Status.CONVERGED
+
+    def sums(self) -> dict[str, jax.Array]:
+        """The vitals as sums over the batch, with the number of samples under `samples`; divide to get means."""
+        dtype = self.abs_lowest.dtype
+        return {
+            "abs": jnp.sum(self.abs_lowest),
+            "rel": jnp.sum(self.rel_lowest),
+            "steps": jnp.sum(self.steps.astype(dtype)),
+            "converged": jnp.sum(self.converged.astype(dtype)),
+            "non_finite": jnp.sum((self.status == Status.NON_FINITE).astype(dtype)),
+            "samples": jnp.asarray(self.status.shape[0], dtype),
+        }
+
+    def explain(self) -> str:
+        """One line per status that occurred, with its count and advice. Needs concrete values (call it outside jit)."""
+        lines = []
+        for status in Status:
+            count = int((self.status == status).sum())
+            if count:
+                name = status.name.lower().replace("_", " ")
+                lines.append(f"{count} of {self.status.shape[0]} samples {name}: {status.explanation}")
+        return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""The equilibrium layer: which solver, which gradient, which states to supervise."""
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from deqjax.core.gradients import Gradient, Implicit, Phantom, adjoint_probe, damped
+from deqjax.core.hoist import Hoisted, as_state, hoist
+from deqjax.core.solve import solve
+from deqjax.core.solvers import Solver, get_solver
+from deqjax.core.solvers.torchdeq import torchdeq_solver
+from deqjax.core.stability import spectral_radius
+from deqjax.core.stats import SolverStats
+from deqjax.nn.config import DEQConfig
+
+
+class AdjointProbe(nnx.Variable):
+    """Zeros whose "gradient" is the statistics of the backward solve; see `deqjax.adjoint_probe`."""
+
+
+class DEQOutput(NamedTuple):
+    """States to decode, earliest first (one in evaluation); statistics of the last solve; `[B]` spectral radius or None."""
+
+    states: tuple
+    stats: SolverStats
+    spectral_radius: jax.Array | None
+
+
+class DEQ(nnx.Module):
+    """Solves z = f(z) as its `DEQConfig` says, in training and in evaluation.
+
+    In training the states carry the gradients of the configured rule. In evaluation there is one state, the solver's
+    result itself; should it be differentiated, its gradient is the implicit one.
+    """
+
+    def __init__(self, config: DEQConfig | None = None, **settings):
+        self.config = config if config is not None else DEQConfig.from_config(settings)
+        self.probe = AdjointProbe(adjoint_probe())
+
+    @classmethod
+    def from_config(cls, config) -> "DEQ":
+        """From a mapping in TorchDEQ's vocabulary. Raises ValueError naming the nearest key for an unknown one."""
+        return cls(DEQConfig.from_config(config))
+
+    def __call__(
+        self,
+        f,
+        z_init: Any,
+        *,
+        train: bool,
+        solver_options: dict | None = None,
+        key: jax.Array | None = None,
+        radius_start: Any = None,
+    ) -> DEQOutput:
+        """Runs the layer.
+
+        Args:
+          f: maps states `[B, ...]` to states, closed over its injection.
+          z_init: where to start.
+          train: supervised states with gradients, or the single result.
+          solver_options: this call's overrides: `f_max_iter`, and options of the forward solver.
+          key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
+        """
+        z_init = as_state(z_init)
+        f = hoist(f, z_init)
+        options = dict(solver_options or {})
+        max_iter = options.pop("f_max_iter", self.config.f_max_iter)
+        if train:
+            run = self._indexed if self.config.core == "indexing" else self._sliced
+            return DEQOutput(*run(f, z_init, max_iter, options), None)
+        return self._evaluate(f, z_init, max_iter, options, key, radius_start)
+
+    def _sliced(self, f, z, max_iter, options):
+        """A solve per state, each starting from the last differentiable state of the one before."""
+        budgets = self.config.step_lists(max_iter)
+        states, stats = [], None
+        for budget, gradient in zip(budgets, self._gradients(len(budgets)), strict=True):
+            z_hat, _, stats = self._solve(f, jax.lax.stop_gradient(z), budget, self.config.f_tol, options)
+            states += gradient.attach(f, z_hat, self.probe[...])
+            z = states[-1]
+        return tuple(states), stats
+
+    def _indexed(self, f, z, max_iter, options):
+        """One solve, sampled on its way."""
+        steps = self.config.step_lists(max_iter)
+        _, samples, stats = self._solve(f, jax.lax.stop_gradient(z), max_iter, self.config.f_tol, options, steps)
+        states = []
+        for z_hat, gradient in zip(samples, self._gradients(len(steps)), strict=True):
+            states += gradient.attach(f, z_hat, self.probe[...])
+        return tuple(states), stats
+
+    def _evaluate(self, f, z, max_iter, options, key, radius_start):
+        config = self.config
+        budget = config.eval_f_max_iter if config.eval_f_max_iter > 0 else int(max_iter * config.eval_factor)
+        tol = config.f_tol if config.eval_f_tol is None else config.eval_f_tol
+        z_hat, _, stats = self._solve(f, jax.lax.stop_gradient(z), budget, tol, options)
+        radius = None
+        if config.sradius_mode:
+            key = jax.random.key(0) if key is None else key
+            radius = spectral_radius(f.detached(), z_hat, key, start=radius_start)
+        states = Implicit(solver=self.backward_solver(), polish=False).attach(f, z_hat, self.probe[...])
+        return DEQOutput(states, stats, radius)
+
+    def _solve(self, f: Hoisted, z, budget, tol, options, sample_at=()):
+        options = {**self.config.f_options, **options}
+        if self.config.preset == "torchdeq" and self.config.f_solver in ("picard", "fixed_point_iter"):
+            # The original measures the residual of the damped map.
+            tau = options.pop("tau", options.pop("damping", 1.0))
+            f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
+        solver = self._named_solver(self.config.f_solver, budget, tol, self.config.f_stop_mode, options)
+        return solve(f.detached(), z, solver, sample_at)
+
+    def backward_solver(self) -> Solver:
+        """The solver of the adjoint system."""
+        config = self.config
+        return self._named_solver(config.b_solver, config.b_max_iter, config.b_tol, config.b_stop_mode, config.b_options)
+
+    def _named_solver(self, name, max_iter, tol, stop_mode, options):
+        if self.config.preset == "torchdeq" or name == "simple_fixed_point_iter":
+            return torchdeq_solver(name, max_iter, tol, stop_mode, **options)
+        return get_solver(name, max_steps=max_iter, tol=tol, stop_mode=stop_mode, **options)
+
+    def _gradients(self, n_states: int) -> list[Gradient]:
+        config = self.config
+        rules: list[Gradient] = [
+            Phantom(
+                steps=steps,
+                damping=config.tau,
+                sample_every=max(config.sup_gap, 0),
+                sample_at=tuple(config.sup_loc),
+                remat=config.remat,
+            )
+            for steps in config.phantom_steps(n_states)
+        ]
+        if config.ift or config.hook_ift:
+            at = "point" if config.hook_ift else "image"
+            rules[-1] = Implicit(solver=self.backward_solver(), jacobian_at=at)
+        return rules

@@ -1,0 +1,46 @@
+"""Variational dropout: one mask per solve, the same at every step, in the phantom steps and in the backward solve.
+
+Masks are drawn before the solve and belong to the injection, so that f stays a function of the state alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class VariationalDropout:
+    """Inverted dropout with an explicit mask.
+
+    Attributes:
+      rate: probability that an entry is dropped, 0 to 1.
+      shared: axes along which all entries share their fate. For `[B, L, D]`, `(1,)` drops whole channels and `(2,)`
+        whole tokens; `()` drops single entries.
+    """
+
+    rate: float
+    shared: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"dropout rate {self.rate}: must lie between 0 and 1.")
+
+    def mask(self, key: jax.Array | None, shape, dtype=jnp.float32):
+        """A mask that broadcasts against `shape`, with entries 0 or 1 / (1 - rate); None when nothing is dropped.
+
+        Args:
+          key: random key; None means evaluation.
+        """
+        if key is None or self.rate == 0:
+            return None
+        shape = tuple(1 if axis in self.shared else n for axis, n in enumerate(shape))
+        if self.rate == 1:
+            return jnp.zeros(shape, dtype)
+        keep = 1 - self.rate
+        return jax.random.bernoulli(key, keep, shape).astype(dtype) / jnp.asarray(keep, dtype)
+
+
+def apply_mask(x, mask):
+    """x times its mask; x itself without one."""
+    return x if mask is None else x * mask.astype(x.dtype)
