@@ -97,12 +97,13 @@ class NormalizedLinear(nnx.Module):
         self.config = config
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
-        self.scale = None
+        scale = None
         if config.norm_type != "none" and not config.norm_no_scale:
             initial = jnp.full((out_features,), config.norm_target_norm, dtype)
             if config.norm_type == "weight_norm":
                 initial = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0))
-            self.scale = nnx.Param(initial)
+            scale = nnx.Param(initial)
+        self.scale = scale
         if config.norm_type == "spectral_norm":
             self.u = SpectralVector(_unit(jax.random.normal(rngs.params(), (out_features,), dtype)))
             self.v = SpectralVector(_unit(jax.random.normal(rngs.params(), (in_features,), dtype)))

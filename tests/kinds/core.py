@@ -1,5 +1,7 @@
 """Golden kinds of the library: solvers, equilibrium layers, losses, normalisations, dropout."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +146,7 @@ def check_loss(case, sub):
         def criterion(*args):
             if len(args) == 1:
                 return jnp.mean(args[0] ** 2)
-            return sum(jnp.mean(jnp.abs(u - v)) for u, v in zip(args, args[1:], strict=False))
+            return sum(jnp.mean(jnp.abs(u - v)) for u, v in itertools.pairwise(args))
 
         def total(arrays):
             args = [[arrays[n] for n in a] if isinstance(a, list) else arrays[a] for a in spec["args"]]

@@ -1,0 +1,149 @@
+"""Reads and writes checkpoint files: `.safetensors`, and PyTorch's `.pt` / `.pth`, without running code from the file.
+
+PyTorch itself is not needed to read: a `.pt` file is a zip archive of raw storages and one pickle that says how tensors
+view them. The pickle is read by an unpickler that knows the few constructors of tensors and refuses everything else.
+"""
+
+import collections
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+_EXTRA = 'pip install "deqjax[{}]"'
+
+
+class CheckpointFileError(ValueError):
+    """A file that is not a checkpoint, or not one that can be read safely."""
+
+
+_STORAGE_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+def read_checkpoint(path) -> dict[str, np.ndarray]:
+    """The flat state dict in a file: arrays by key.
+
+    A file that holds a dictionary with a `state_dict` or `model` entry gives that entry.
+
+    Raises:
+      CheckpointFileError: missing, truncated, of another kind, or asking for anything but tensors.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise CheckpointFileError(f"there is no checkpoint file {path}.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if not zipfile.is_zipfile(path):
+        raise CheckpointFileError(
+            f"{path} is not a PyTorch checkpoint of the current (zip) format. If it is an older one, load it with PyTorch "
+            "and save it again, or save it as .safetensors."
+        )
+    with zipfile.ZipFile(path) as archive:
+        pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
+        if len(pickles) != 1:
+            raise CheckpointFileError(f"{path} is a zip archive but holds no PyTorch checkpoint (no data.pkl).")
+        with archive.open(pickles[0]) as file:
+            try:
+                content = _TensorUnpickler(file, archive, pickles[0].removesuffix("data.pkl")).load()
+            except (pickle.UnpicklingError, EOFError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile) as e:
+                raise CheckpointFileError(f"{path} cannot be read as a checkpoint of tensors: {e}") from None
+    return _flat(content, path)
+
+
+def write_checkpoint(path, state_dict: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict as `.safetensors` or, with PyTorch installed, as `.pt` / `.pth`."""
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        _import("safetensors.numpy", "interop").save_file({k: np.ascontiguousarray(v) for k, v in state_dict.items()}, path)
+        return
+    torch = _import("torch", "torch")
+    torch.save({key: torch.from_numpy(np.array(value)) for key, value in state_dict.items()}, path)
+
+
+def _flat(content, path):
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping):
+        raise CheckpointFileError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    arrays = {key: value for key, value in content.items() if isinstance(value, np.ndarray)}
+    if not arrays:
+        raise CheckpointFileError(f"{path} holds no tensors.")
+    return arrays
+
+
+def _read_safetensors(path):
+    try:
+        return _import("safetensors.numpy", "interop").load_file(path)
+    except CheckpointFileError:
+        raise
+    except Exception as e:  # its error type is private to the library
+        raise CheckpointFileError(f"{path} is not a readable .safetensors file: {e}") from None
+
+
+def _import(name, extra):
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise CheckpointFileError(f"this needs {name.split('.')[0]}: {_EXTRA.format(extra)}") from None
+
+
+class _Storage(str):
+    """The name of a storage class, standing for its dtype."""
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays where the file says tensors; any other global is refused."""
+
+    def __init__(self, file, archive, root):
+        super().__init__(file)
+        self._archive, self._root = archive, root
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _view
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, requires_grad, hooks: data
+        if module == "torch" and name.endswith("Storage"):
+            return _Storage(name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not part of a state dict; nothing was run")
+
+    def persistent_load(self, pid):
+        kind, storage, key, _, _ = pid
+        if kind != "storage" or not isinstance(storage, _Storage):
+            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
+        raw = self._archive.read(f"{self._root}data/{key}")
+        if storage == "BFloat16Storage":
+            # bfloat16 is the upper half of a float32.
+            return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if storage not in _STORAGE_DTYPES:
+            raise pickle.UnpicklingError(f"tensors of {storage} are not supported")
+        return np.frombuffer(raw, _STORAGE_DTYPES[storage])
+
+
+def _view(storage, offset, size, stride, *_):
+    """A strided view of a storage, copied; checked to lie inside it."""
+    size, stride = tuple(map(int, size)), tuple(map(int, stride))
+    if 0 in size:
+        return np.zeros(size, storage.dtype)
+    last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if offset < 0 or min(stride, default=0) < 0 or last >= storage.size:
+        raise pickle.UnpicklingError("a tensor reaches outside its storage")
+    strides = tuple(s * storage.itemsize for s in stride)
+    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides).copy()

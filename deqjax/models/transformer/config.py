@@ -1,0 +1,128 @@
+"""Sizes and variants of the DEQ transformer."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+from deqjax.nn.config import DEQConfig
+
+# The originals read local_size=0 as this window, whatever the memory.
+DEFAULT_WINDOW = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Architecture of one of the two published recipes, or between them.
+
+    Attributes:
+      recipe: "deq-lm": affine layer norms, one more after the attention, `n_layer` different blocks in f, queries, keys
+        and values interleaved by head. "deq-seq": no affine, one block, queries, keys and values in thirds.
+      norm: "pre" (reads z through a layer norm and adds to it: f(z + c) = f(z) + c, so f has no fixed point and is
+        unrolled by recipe), "pre_bounded" (the feed-forward layer adds to its normalised input, as in the 2021 code),
+        or "post" (the state is the output of a layer norm; a true equilibrium).
+      n_tokens: vocabulary size.
+      cutoffs: boundaries of the adaptive embedding and softmax; empty for an ordinary softmax.
+      div_val: each further cluster's embedding is this many times narrower.
+      d_embed: embedding width; None is d_model.
+      tie_weights: softmax tables are the embedding tables.
+      tie_projections: "shared" ties the projections of the tail clusters; "upstream" keeps two parameters to be
+        updated twice over, as the originals do (see `training.optimizer.tie_updates`); "none" leaves them apart.
+      local_size: attention window; 0 is the originals' 1000, None is unlimited.
+      dropout, dropatt: rates of the feature and the attention dropout.
+      position_dropout: "features", or "positions" as deq-seq has it; None takes the recipe's.
+      init: "normal" or "uniform", with `init_std`, `proj_init_std`, `init_range`.
+    """
+
+    recipe: str = "deq-lm"
+    norm: str = "pre"
+    n_tokens: int
+    d_model: int
+    n_head: int
+    d_head: int
+    d_inner: int
+    n_layer: int = 1
+    d_embed: int | None = None
+    cutoffs: Sequence[int] = ()
+    div_val: int = 1
+    tie_weights: bool = True
+    tie_projections: str = "shared"
+    local_size: int | None = 0
+    mem_len: int = 0
+    dropout: float = 0.0
+    dropatt: float = 0.0
+    position_dropout: str | None = None
+    init: str = "normal"
+    init_std: float = 0.01
+    proj_init_std: float = 0.01
+    init_range: float = 0.05
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("recipe", ("deq-lm", "deq-seq")),
+            ("norm", ("pre", "pre_bounded", "post")),
+            ("tie_projections", ("shared", "upstream", "none")),
+            ("position_dropout", (None, "features", "positions")),
+            ("init", ("normal", "uniform")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}.")
+        if self.d_model % 2:
+            raise ValueError(f"d_model={self.d_model}: must be even, positions are pairs of sine and cosine.")
+        if self.n_head * self.d_head != self.d_model:
+            raise ValueError(f"n_head*d_head = {self.n_head}*{self.d_head} must equal d_model={self.d_model}.")
+        ends = [0, *self.cutoffs, self.n_tokens]
+        if sorted(set(ends)) != ends:
+            raise ValueError(f"cutoffs={tuple(self.cutoffs)}: must increase and lie below n_tokens={self.n_tokens}.")
+
+    @property
+    def affine(self) -> bool:
+        return self.recipe == "deq-lm"
+
+    @property
+    def interleaved(self) -> bool:
+        """Queries, keys and values lie side by side within each head, rather than in thirds."""
+        return self.recipe == "deq-lm"
+
+    @property
+    def attention_norm(self) -> bool:
+        """A layer norm between the attention and its output projection."""
+        return self.recipe == "deq-lm" and self.norm != "post"
+
+    @property
+    def embed_width(self) -> int:
+        return self.d_model if self.d_embed is None else self.d_embed
+
+    @property
+    def window(self) -> int | None:
+        return DEFAULT_WINDOW if self.local_size == 0 else self.local_size
+
+    @property
+    def position_mask_axis(self) -> str:
+        return self.position_dropout or ("positions" if self.recipe == "deq-seq" else "features")
+
+    @property
+    def cluster_ends(self) -> list[int]:
+        return [0, *self.cutoffs, self.n_tokens]
+
+    @property
+    def cluster_widths(self) -> list[int]:
+        """Embedding width of every cluster."""
+        return [self.embed_width // self.div_val**i for i in range(len(self.cutoffs) + 1)]
+
+    @property
+    def has_projections(self) -> bool:
+        return self.div_val > 1 or self.embed_width != self.d_model
+
+
+def warn_without_fixed_point(config: TransformerConfig, deq: DEQConfig) -> None:
+    """Says why solvers and implicit gradients do not apply to the plain pre-norm cell."""
+    accelerated = [s for s in (deq.f_solver, deq.b_solver) if s in ("anderson", "broyden")]
+    if config.norm != "pre" or not (deq.ift or deq.hook_ift or accelerated):
+        return
+    chosen = "implicit gradients" if deq.ift or deq.hook_ift else " and ".join(sorted(set(accelerated)))
+    warnings.warn(
+        f"the pre-norm cell has no fixed point, and {chosen} assume one: every sub-layer reads z through a layer norm and "
+        "adds to it, so f(z + c) = f(z) + c and I - df/dz is singular. The published recipe unrolls 12 steps "
+        '(f_max_iter=0, grad=12). Use norm="post" or norm="pre_bounded" for a true equilibrium.',
+        stacklevel=3,
+    )
