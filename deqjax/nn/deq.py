@@ -13,10 +13,7 @@ from deqjax.core.solvers.torchdeq import torchdeq_solver
 from deqjax.core.stability import spectral_radius
 from deqjax.core.stats import SolverStats
 from deqjax.nn.config import DEQConfig
-
-
-class AdjointProbe(nnx.Variable):
-    """Zeros whose "gradient" is the statistics of the backward solve; see `deqjax.adjoint_probe`."""
+from deqjax.nn.variables import AdjointProbe
 
 
 class DEQOutput(NamedTuple):
@@ -59,17 +56,19 @@ class DEQ(nnx.Module):
           f: maps states `[B, ...]` to states, closed over its injection.
           z_init: where to start.
           train: supervised states with gradients, or the single result.
-          solver_options: this call's overrides: `f_max_iter`, and options of the forward solver.
+          solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, and options of the forward solver.
           key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
         """
         z_init = as_state(z_init)
         f = hoist(f, z_init)
         options = dict(solver_options or {})
         max_iter = options.pop("f_max_iter", self.config.f_max_iter)
+        eval_max_iter = options.pop("eval_f_max_iter", self.config.eval_f_max_iter)
         if train:
             run = self._indexed if self.config.core == "indexing" else self._sliced
             return DEQOutput(*run(f, z_init, max_iter, options), None)
-        return self._evaluate(f, z_init, max_iter, options, key, radius_start)
+        budget = eval_max_iter if eval_max_iter > 0 else int(max_iter * self.config.eval_factor)
+        return self._evaluate(f, z_init, budget, options, key, radius_start)
 
     def _sliced(self, f, z, max_iter, options):
         """A solve per state, each starting from the last differentiable state of the one before."""
@@ -90,9 +89,8 @@ class DEQ(nnx.Module):
             states += gradient.attach(f, z_hat, self.probe[...])
         return tuple(states), stats
 
-    def _evaluate(self, f, z, max_iter, options, key, radius_start):
+    def _evaluate(self, f, z, budget, options, key, radius_start):
         config = self.config
-        budget = config.eval_f_max_iter if config.eval_f_max_iter > 0 else int(max_iter * config.eval_factor)
         tol = config.f_tol if config.eval_f_tol is None else config.eval_f_tol
         z_hat, _, stats = self._solve(f, jax.lax.stop_gradient(z), budget, tol, options)
         radius = None

@@ -1,15 +1,21 @@
 """Golden kinds of the DEQ transformer."""
 
+import pathlib
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
+from deqjax.data.text import OrderedBatches, TextCorpus
 from deqjax.interop.transformer import entries, export_transformer, load_transformer
 from deqjax.models.transformer import DEQTransformer, Masks, Memory, TransformerConfig
 from deqjax.models.transformer.attention import relative_shift, sinusoids
 from deqjax.models.transformer.cell import BlockMasks
 from deqjax.nn.config import DEQConfig
+from deqjax.training.optimizer import build_optimizer, learning_rate
 from tests.golden import Case, close
 from tests.kinds.deq_lm_data import check_data
 
@@ -226,4 +232,179 @@ def check_dropout_states(case: Case, sub=None):
     check_gradients(lm, gradients, case.group("grad"), "gradient")
 
 
-KINDS = {"data": check_data, "lm_model": check_lm_model, "seq": check_seq, "lm_dropout_states": check_dropout_states}
+# Training and evaluation loops ---------------------------------------------------------------------------------------
+
+
+def sizes(options: dict, n_tokens: int) -> dict:
+    """The script's command line in the terms of the other cases."""
+    return {
+        "V": n_tokens,
+        "D": options["d_model"],
+        "H": options["n_head"],
+        "dh": options["d_head"],
+        "F": options["d_inner"],
+        "n_layer": options["n_layer"],
+        "d_embed": options.get("d_embed"),
+        "cutoffs": options.get("cutoffs", ()),
+        "div_val": options.get("div_val", 1),
+        "mem_len": options["mem_len"],
+        "local_size": options.get("local_size", 0),
+        "norm": options["norm_type"],
+    }
+
+
+def solver_settings(options: dict) -> dict:
+    keys = ("f_max_iter", "grad", "eval_f_max_iter", "f_stop_mode", "f_tol")
+    return {key: options[key] for key in keys if key in options}
+
+
+def optimizer_settings(options: dict) -> dict:
+    return {
+        "name": "adam",
+        "learning_rate": options["lr"],
+        "schedule": "cosine",
+        "warmup_steps": options["warmup_step"],
+        "max_steps": options["max_step"],
+        "clip": options["clip"],
+        "first_update_full_lr": True,
+    }
+
+
+def train(lm, batches, n_steps: int, settings: dict, tied=()):
+    """Runs the recipe; returns the parameters after every step, and per-step loss, gradient norm, residuals, memory."""
+    optimizer = build_optimizer(settings, tied)
+    graph, params, rest = nnx.split(lm, nnx.Param, ...)
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, opt_state, memory, batch):
+        def loss(params):
+            lm = nnx.merge(graph, params, rest)
+            out = lm(batch["tokens"], memory.reset_where(batch["reset"]), train=True)
+            residuals = jnp.mean(out.stats.abs_lowest), jnp.mean(out.stats.rel_lowest)
+            return jnp.mean(lm.nll(out.states, batch["targets"])), (out.memory, residuals)
+
+        (value, (memory, residuals)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        norm = optax.global_norm(gradient)
+        return optax.apply_updates(params, updates), opt_state, memory, (value, norm, *residuals)
+
+    B = batches(0)["tokens"].shape[0]
+    memory, history, trajectory = Memory.empty(B, lm.config.mem_len, lm.config.d_model, jnp.float64), [], []
+    for k in range(n_steps):
+        params, opt_state, memory, report = step(params, opt_state, memory, batches(k))
+        history.append([float(x) for x in report])
+        trajectory.append(params)
+    return [nnx.merge(graph, p, rest) for p in trajectory], np.asarray(history).T, memory
+
+
+def evaluate(lm, ids, batch: int, length: int, mem_len: int):
+    """Token-weighted nll over a split with the memory carried along; mean residuals; positions and segments."""
+    batches = OrderedBatches(ids, batch, length)
+    memory, nll, residuals = Memory.empty(batch, mem_len, lm.config.d_model, jnp.float64), 0.0, []
+    graph, state = nnx.split(lm)
+
+    @jax.jit
+    def segment(memory, tokens, targets):
+        lm = nnx.merge(graph, state)
+        out = lm(tokens, memory)
+        z, f_z = out.states[-1], lm.cell(out.states[-1], out.injection)
+        absolute = jnp.sqrt(jnp.sum((f_z - z) ** 2, axis=(1, 2)))
+        relative = absolute / (jnp.sqrt(jnp.sum(f_z**2, axis=(1, 2))) + 1e-8)
+        memory = memory.append(z, out.injection.u, mem_len)
+        return jnp.mean(lm.nll(out.states, targets)), jnp.mean(absolute), jnp.mean(relative), memory
+
+    for k in range(batches.n_segments):
+        part = batches.batch(k)
+        value, absolute, relative, memory = segment(memory, part["tokens"], part["targets"])
+        nll += float(value) * part["targets"].shape[1]
+        residuals.append((float(absolute), float(relative)))
+    n = batches.n_predicted
+    return nll / n, *np.mean(residuals, axis=0), n, batches.n_segments
+
+
+def check_parameters(lm, expected: dict, what: str, atol: float):
+    exported = export_transformer(lm)
+    for key, value in expected.items():
+        close(exported[key], value, atol=atol, what=f"{key} {what}")
+
+
+def check_train_script(case: Case, sub=None):
+    c = case.meta["config"]
+    options = c["argv"]
+    with tempfile.TemporaryDirectory() as folder:
+        for split in ("train", "valid", "test"):
+            pathlib.Path(folder, f"{split}.txt").write_bytes(case[f"in/{split}_utf8"].tobytes())
+        corpus = TextCorpus.load(folder)
+    assert len(corpus.vocab) == int(case["out/n_token"])
+    lm = build(case, sizes(options, len(corpus.vocab)), "deq-lm", solver_settings(options))
+    settings = optimizer_settings(options)
+    rate = learning_rate(settings)
+    close([rate(k) for k in range(options["max_step"])], case["out/lr_used"], what="learning rates")
+
+    batches = OrderedBatches(corpus.train, options["global_batch_size"], options["tgt_len"])
+    models, (losses, norms, absolute, relative), _ = train(lm, batches.batch, options["max_step"], settings)
+    close(losses, case["out/train_loss"], what="training losses")
+    close(norms, case["out/grad_norm_preclip"], rtol=1e-7, what="gradient norms")
+    close(absolute, case["out/fwd_abs"], rtol=1e-7, what="absolute residuals")
+    close(relative, case["out/fwd_rel"], rtol=1e-7, what="relative residuals")
+    check_parameters(models[-1], case.group("final"), "at the end", atol=1e-7)
+
+    def nll(lm, ids):
+        return evaluate(lm, ids, options["global_eval_batch_size"], options["eval_tgt_len"], options["mem_len"])[0]
+
+    at = [int(k) for k in case["out/valid_steps"]]
+    valid = [nll(models[k - 1], corpus.valid) for k in at]
+    close(valid, case["out/valid_loss"], what="validation losses")
+    best = models[at[int(np.argmin(valid))] - 1]
+    check_parameters(best, case.group("best"), "at the best validation", atol=1e-7)
+    close(nll(best, corpus.test), case["out/test_loss_best"], what="test loss of the best model")
+
+
+def check_train_tied(case: Case, sub=None):
+    c = case.meta["config"]
+    stream, L = case["in/stream"], c["L"]
+    settings = optimizer_settings({**c, "max_step": c["max_step"]})
+
+    def batch(k):
+        part = stream[:, k * L : (k + 1) * L + 1]
+        return {"tokens": part[:, :-1], "targets": part[:, 1:], "reset": np.asarray(False)}
+
+    for tying, ours in (("natural", "shared"), ("upstream", "upstream")):
+        lm = build(case, c, "deq-lm", {"f_max_iter": 0, "grad": c["unroll"]}, tie_projections=ours)
+        tied = []
+        if ours == "upstream":
+            paths = [
+                [owner, "projections", str(i)] for i in range(1, len(c["cutoffs"]) + 1) for owner in ("embedding", "softmax")
+            ]
+            tied = list(zip(paths[::2], paths[1::2], strict=True))
+        models, (losses, norms, _, _), memory = train(lm, batch, c["steps"], settings, tied)
+        close(losses, case[f"{tying}/loss"], what=f"{tying} losses")
+        close(norms, case[f"{tying}/grad_norm_preclip"], rtol=1e-7, what=f"{tying} gradient norms")
+        close(memory_rows(memory)[0], case[f"{tying}/mem_z"], rtol=1e-7, what=f"{tying} memory z")
+        close(memory_rows(memory)[1], case[f"{tying}/mem_u"], rtol=1e-7, what=f"{tying} memory u")
+        check_parameters(models[-1], case.group(f"{tying}/final"), f"({tying})", atol=1e-7)
+
+
+def check_eval(case: Case, sub=None):
+    options, ids = case.meta["config"]["model"], case["in/test_ids"]
+    params = case.group("final") or case.group("param")
+    n_tokens = params["word_emb.emb_layers.0.weight"].shape[0]
+    for row in case["out/table"]:
+        steps, mem_len, length, batch, local_size = (int(x) for x in row[:5])
+        settings = {**solver_settings(options), "eval_f_max_iter": steps, "f_tol": float(row[5])}
+        lm = build(case, sizes({**options, "mem_len": mem_len, "local_size": local_size}, n_tokens), "deq-lm", settings, params)
+        nll, absolute, relative, n, segments = evaluate(lm, ids, batch, length, mem_len)
+        close([nll, np.exp(nll), absolute, relative], row[6:10], rtol=1e-8, what=f"row {row[:6]}")
+        assert (n, segments) == (int(row[10]), int(row[11]))
+
+
+KINDS = {
+    "data": check_data,
+    "lm_model": check_lm_model,
+    "seq": check_seq,
+    "lm_dropout_states": check_dropout_states,
+    "lm_train_script": check_train_script,
+    "lm_train_tied": check_train_tied,
+    "lm_eval": check_eval,
+}

@@ -1,0 +1,160 @@
+"""The command line of every experiment.
+
+    python -m experiments.<task> --config configs/<name>.py[:variant] [--config.key=value ...] [--workdir DIR] [--mode ...]
+
+A user's mistake ends in one paragraph on stderr and exit status 2, never in a traceback.
+"""
+
+import errno
+import json
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from deqjax.data.errors import DataError
+from deqjax.training.errors import UserError
+from deqjax.training.task import Task
+
+MODES = ("train", "eval")
+
+
+def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_workdir: str = "runs") -> int:
+    """Runs an experiment.
+
+    Mode "train" trains and resumes. "eval" calls the task's `report(model)`, or else prints `evaluate` of both splits.
+    Any other mode that the task lists in `modes` calls the method of that name with the trained model, and prints what it
+    returns.
+
+    Args:
+      make_task: a task from a config; its attribute `modes` lists the modes.
+      argv: the command line, program name first; default that of the process.
+      default_workdir: where runs go, each in a folder with its config's name, unless there is `--workdir`.
+
+    Returns:
+      The exit status.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        options = parse(argv, getattr(make_task, "modes", MODES), default_workdir)
+        if options.distributed:
+            import jax
+
+            jax.distributed.initialize()
+        _run_mode(make_task, options)
+    except (UserError, DataError) as error:
+        return _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        return _complain(f"{error.strerror}: {error.filename or options.workdir}.")
+    return 0
+
+
+def _run_mode(make_task, options) -> None:
+    config, workdir = options.config, Path(options.workdir)
+    try:
+        task = make_task(config)
+    except DataError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        # A task checks its settings while it is built, so what fails here is a setting.
+        missing = "the config lacks a key or has a wrong value: " if not isinstance(error, ValueError) else ""
+        raise UserError(f"{options.config_path}: {missing}{_message(error)}") from error
+    # Everything that starts JAX or Orbax comes after the cheap checks.
+    from deqjax.training.loop import train
+    from deqjax.training.start import trained_model
+
+    if options.mode == "train":
+        _write_config(config, workdir)
+        train(task, config, workdir)
+        return
+    if options.mode == "eval" and not hasattr(task, "report"):
+        from deqjax.training.loop import evaluate
+
+        evaluate(task, config, workdir)
+        return
+    result = getattr(task, "report" if options.mode == "eval" else options.mode)(trained_model(task, config, workdir))
+    if result is not None:
+        print(result, flush=True)
+
+
+def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.FlagValues:
+    """The command line: config, config_path, workdir, mode, distributed.
+
+    Raises:
+      UserError: it is wrong.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "Recipe: FILE.py or FILE.py:variant.", values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, f"Directory of the run [{default_workdir}/<config name>].", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(modes), "What to do.", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "One of several processes (jax.distributed.initialize).", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=values)
+    if any(arg in ("--help", "-h", "-help") for arg in argv[1:]):
+        print(f"usage: {argv[0]} --config FILE [--config.key=value ...] [options]\n{values.get_help()}")
+        raise SystemExit(0)
+    usage = (
+        f"usage: python -m experiments.<task> --config FILE.py[:variant] [--config.key=value ...] [--mode {'|'.join(modes)}]"
+    )
+    path = _config_path(argv)
+    if path is None:
+        raise UserError(f"--config is missing. {usage}")
+    if not Path(path.split(":", 1)[0]).is_file():
+        raise UserError(f"--config={path}: there is no such file.{_available(path)}")
+    try:
+        rest = values(argv)
+        name = path.split(":", 1)[0]
+        flags.DEFINE_string("config_path", path, "", flag_values=values)
+        values.config.items()
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{_message(error)}. {usage}") from error
+    except (flags.Error, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise UserError(_message(error)) from error
+    if len(rest) > 1:
+        raise UserError(f"Stray argument {rest[1]!r}: every option starts with --. {usage}")
+    if values.workdir is None:
+        variant = path.partition(":")[2].replace("/", "_")
+        values.workdir = str(Path(default_workdir) / (Path(name).stem + (f"_{variant}" if variant else "")))
+    return values
+
+
+def _config_path(argv) -> str | None:
+    for arg, following in zip(argv[1:], [*argv[2:], None], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else following
+    return None
+
+
+def _available(path) -> str:
+    folder = Path(path).parent
+    found = sorted(str(file) for file in folder.glob("*.py") if not file.name.startswith("_")) if folder.is_dir() else []
+    return f" There are: {', '.join(found)}." if found else ""
+
+
+def _message(error) -> str:
+    """The sentence in an error, without the traceback that config_flags pastes into some."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    if any(line.startswith("Traceback") for line in lines):
+        return lines[-1].partition(": ")[2] or lines[-1]
+    return " ".join(lines) or type(error).__name__
+
+
+def _complain(text: str) -> int:
+    print(
+        textwrap.fill("Error: " + " ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False), file=sys.stderr
+    )
+    return 2
+
+
+def _write_config(config, workdir: Path) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")

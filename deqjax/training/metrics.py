@@ -1,0 +1,117 @@
+"""Numbers of a run: sums and counts, the file they are appended to, and the speed."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+
+class Sums:
+    """Adds up metrics of the form `{name: (sum, count)}` over batches of any size; exact, unlike a mean of means."""
+
+    def __init__(self):
+        self.totals: dict[str, tuple[float, float]] = {}
+
+    def add(self, metrics: Mapping) -> "Sums":
+        for name, (value, count) in jax.device_get(dict(metrics)).items():
+            total, counted = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = (total + float(value), counted + float(count))
+        return self
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric that was counted at all."""
+        return {name: total / count for name, (total, count) in self.totals.items() if count}
+
+
+class MetricWriter:
+    """Appends a JSON object per line to `workdir/metrics.jsonl`, and writes TensorBoard events if asked to.
+
+    Only the first process writes. What depends on the clock is under keys that start with `time/`; everything else is
+    the same in a run that was interrupted and resumed as in one that was not.
+    """
+
+    def __init__(self, workdir, start_step: int = 0, tensorboard: bool = False):
+        """Args:
+        workdir: the run's directory.
+        start_step: where the run goes on from; later lines are dropped, for they will be written again.
+        tensorboard: also write events to `workdir/tensorboard`, if tensorboardX is installed.
+        """
+        self._file = self._events = None
+        if jax.process_index() != 0:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _keep_until(path, start_step)
+        self._file = path.open("a", buffering=1)
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                print('No TensorBoard events: tensorboardX is not installed (pip install "deqjax[train]").', flush=True)
+            else:
+                self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line. JSON has no infinities, so numbers that are not finite are written as strings."""
+        if self._file is None:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": int(step), **line}) + "\n")
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, int(step))
+
+    def close(self) -> None:
+        for sink in (self._file, self._events):
+            if sink is not None:
+                sink.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops lines past `step`, a torn last line, and test results, which every finished run writes anew."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["step"] <= step and not any(name.startswith("test/") for name in entry):
+            kept.append(line + "\n")
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text("".join(kept))
+    os.replace(replacement, path)
+
+
+class Progress:
+    """Steps per second and time to go, without compilation, evaluation and checkpoints."""
+
+    def __init__(self, total_steps: int):
+        self._total = total_steps
+        self._last: tuple[float, int] | None = None
+        self._paused = 0.0
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What happens inside does not count."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - start
+
+    def tick(self, step: int) -> dict[str, float]:
+        """Speed since the last call; empty at the first."""
+        now, speed = time.monotonic(), {}
+        if self._last is not None and step > self._last[1]:
+            rate = (step - self._last[1]) / max(now - self._last[0] - self._paused, 1e-9)
+            speed = {"time/steps_per_s": rate, "time/eta_s": max(self._total - step, 0) / rate}
+        self._last, self._paused = (now, step), 0.0
+        return speed

@@ -1,0 +1,129 @@
+"""Optimisers and learning-rate schedules, numerically those of PyTorch."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deqjax.core.naming import did_you_mean
+from deqjax.training.errors import UserError
+from deqjax.training.state import leaf_path
+
+SCHEDULES = ("constant", "cosine", "inv_sqrt")
+OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
+
+
+def learning_rate(config: Mapping) -> optax.Schedule:
+    """The rate of update k = 0, 1, ...
+
+    A linear warm-up over `warmup_steps` updates, then, with n = `max_steps` (not shifted by the warm-up):
+
+    * constant: learning_rate.
+    * cosine: lr_min + (learning_rate - lr_min) / 2 * (1 + cos(pi k / n)).
+    * inv_sqrt: learning_rate * k^-0.5, reached by a warm-up of learning_rate * k / warmup_steps^1.5.
+
+    The warm-up takes the fraction (k + 1) / warmup_steps. With `first_update_full_lr` it is the deq-lm script's, in which
+    a rate set after update k - 1 holds for update k: k / warmup_steps, and the full rate for update 0 (with inv_sqrt,
+    whose factor holds from the start: zero).
+
+    Args:
+      config: learning_rate, and optionally schedule, warmup_steps, max_steps, lr_min, first_update_full_lr.
+    """
+    peak, low = float(config["learning_rate"]), float(config.get("lr_min", 0.0))
+    warmup, total = int(config.get("warmup_steps", 0)), int(config.get("max_steps", 0))
+    name = config.get("schedule", "constant")
+    as_in_script = bool(config.get("first_update_full_lr", False))
+    _check("schedule", name, SCHEDULES)
+    if name == "cosine" and total < 1:
+        raise UserError("config.optimizer.schedule='cosine' needs config.optimizer.max_steps, the length of the run.")
+
+    def schedule(count):
+        k = jnp.asarray(count, float)
+        done = k if as_in_script else k + 1
+        if name == "inv_sqrt":
+            later, scale = peak * jnp.maximum(k, 1) ** -0.5, warmup**-1.5 if warmup else 1.0
+        elif name == "cosine":
+            later, scale = low + (peak - low) / 2 * (1 + jnp.cos(math.pi * k / total)), 1 / max(warmup, 1)
+        else:
+            later, scale = jnp.full_like(k, peak), 1 / max(warmup, 1)
+        rate = jnp.where(k < warmup, peak * done * scale, later)
+        return jnp.where(k == 0, peak, rate) if as_in_script and name != "inv_sqrt" else rate
+
+    return schedule
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales the gradient by min(1, max_norm / (norm + 1e-6)), PyTorch's formula."""
+
+    def update(updates, state, params=None):
+        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
+        return jax.tree.map(lambda u: u * scale.astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def tie_updates(pairs: Sequence[tuple[tuple, tuple]]) -> optax.GradientTransformation:
+    """Gives both leaves of each pair the sum of their updates.
+
+    What an optimiser does to one tensor that it holds twice, as the original does to tied projections. Comes after the
+    optimiser proper.
+
+    Args:
+      pairs: paths of leaves, e.g. `(("embed", "proj_0"), ("head", "proj_0"))`.
+    """
+    partner = {}
+    for first, second in pairs:
+        first, second = tuple(map(str, first)), tuple(map(str, second))
+        partner |= {first: second, second: first}
+
+    def update(updates, state, params=None):
+        by_path = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]}
+        if missing := [path for path in partner if path not in by_path]:
+            raise ValueError(f"no parameter {'/'.join(missing[0])} to tie; there are {', '.join(map('/'.join, by_path))}.")
+
+        def summed(path, leaf):
+            other = partner.get(leaf_path(path))
+            return leaf if other is None else leaf + by_path[other]
+
+        return jax.tree_util.tree_map_with_path(summed, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
+
+
+def build_optimizer(config: Mapping, tied: Sequence[tuple[tuple, tuple]] = ()) -> optax.GradientTransformation:
+    """The optimiser of `config.optimizer`.
+
+    Args:
+      config: name, learning_rate (see `learning_rate` for its schedule); optionally b1, b2, eps, momentum, weight_decay
+        (part of the gradient, as in PyTorch; adamw alone decouples it) and clip (of the gradient's norm; 0: none).
+      tied: see `tie_updates`.
+    """
+    name = config.get("name", "adam")
+    _check("name", name, OPTIMIZERS)
+    decay = float(config.get("weight_decay", 0.0))
+    parts = []
+    if config.get("clip", 0.0):
+        parts.append(clip_by_global_norm(float(config["clip"])))
+    if decay and name != "adamw":
+        parts.append(optax.add_decayed_weights(decay))
+    if name in ("adam", "adamw"):
+        parts.append(optax.scale_by_adam(config.get("b1", 0.9), config.get("b2", 0.999), config.get("eps", 1e-8)))
+    elif name == "rmsprop":
+        parts.append(optax.scale_by_rms(config.get("b2", 0.99), config.get("eps", 1e-8), eps_in_sqrt=False))
+    elif name == "adagrad":
+        parts.append(optax.scale_by_rss(initial_accumulator_value=0.0, eps=config.get("eps", 1e-10)))
+    if name in ("sgd", "rmsprop") and config.get("momentum", 0.0):
+        parts.append(optax.trace(config["momentum"], nesterov=config.get("nesterov", False)))
+    if decay and name == "adamw":
+        parts.append(optax.add_decayed_weights(decay))
+    parts.append(optax.scale_by_learning_rate(learning_rate(config)))
+    if tied:
+        parts.append(tie_updates(tied))
+    return optax.chain(*parts)
+
+
+def _check(setting, value, known):
+    if value not in known:
+        raise UserError(f"config.optimizer.{setting}={value!r}{did_you_mean(str(value), known)}. Known: {', '.join(known)}.")

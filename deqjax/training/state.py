@@ -1,0 +1,97 @@
+"""The state of a training run: everything that the next step depends on, as arrays."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Arrays only: a static field would make states of two runs different trees.
+
+    Attributes:
+      step: updates done, skipped ones included; the next batch's number.
+      params: `nnx.State` of the parameters.
+      variables: `nnx.State` of all else in the model: memories, statistics, random streams.
+      opt: the optimiser's state.
+      sums: `{name: (sum, count)}` of the metrics since the last log line.
+      skipped: updates skipped because loss or gradient was not finite.
+      skipped_in_a_row: those since the last good one.
+      best: the best value of the validation metric so far.
+    """
+
+    step: jax.Array
+    params: Any
+    variables: Any
+    opt: Any
+    sums: dict
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    best: jax.Array
+
+    @classmethod
+    def create(cls, params, variables, optimizer: optax.GradientTransformation, metric_names, best: float) -> "TrainState":
+        """The state before the first step."""
+        count = jnp.zeros((), jnp.int32)
+        sums = {name: (jnp.zeros((), float), jnp.zeros((), float)) for name in metric_names}
+        return cls(count, params, variables, optimizer.init(params), sums, count, count, jnp.asarray(best, float))
+
+
+def leaf_path(key_path) -> tuple[str, ...]:
+    """The names on the way to a leaf, e.g. `("cell", "layers", "0", "kernel")`.
+
+    That a leaf sits inside an `nnx.Variable` is left out: it is no part of its name.
+    """
+    names = []
+    for entry in key_path:
+        name = next(str(getattr(entry, field)) for field in ("key", "name", "idx") if hasattr(entry, field))
+        if not (isinstance(entry, jax.tree_util.GetAttrKey) and name == "value"):
+            names.append(name)
+    return tuple(names)
+
+
+def named_leaves(tree) -> dict[tuple[str, ...], Any]:
+    """Every leaf by its path."""
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def to_nested_dict(tree) -> dict:
+    """Plain nested dicts of the leaves, which depend on no class of ours or of the optimiser."""
+    return nested_dict(named_leaves(tree))
+
+
+def nested_dict(leaves: dict[tuple[str, ...], Any]) -> dict:
+    """The inverse of `named_leaves` on nested dicts."""
+    nested: dict = {}
+    for path, leaf in leaves.items():
+        inner = nested
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = leaf
+    return nested
+
+
+def from_nested_dict(template, nested: dict):
+    """The inverse of `to_nested_dict`, given a tree of the same structure."""
+
+    def pick(path, _):
+        inner = nested
+        for name in leaf_path(path):
+            inner = inner[name]
+        return inner
+
+    return jax.tree_util.tree_map_with_path(pick, template)
+
+
+def count_parameters(params) -> int:
+    """Numbers in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def merged(graphdef, *states) -> nnx.Module:
+    """A model of its own: updating its variables leaves the given states as they are."""
+    return nnx.merge(graphdef, *states, copy=True)

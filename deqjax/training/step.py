@@ -1,0 +1,129 @@
+"""The training step, and all that can be known of a run before it starts."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from deqjax.core.gradients import PROBE_ENTRIES
+from deqjax.nn.variables import AdjointProbe
+from deqjax.training.errors import UserError
+from deqjax.training.mesh import state_shardings
+from deqjax.training.optimizer import build_optimizer
+from deqjax.training.state import TrainState, merged, named_leaves
+from deqjax.training.task import Task
+
+# Of the backward solve, what is worth a place in the log.
+BACKWARD_VITALS = ("abs", "rel", "steps", "converged", "non_finite")
+
+
+class Program(NamedTuple):
+    """What can be known without running anything: the model's structure, and shape and place of every array."""
+
+    mesh: Any
+    graphdef: Any
+    probes: Any
+    optimizer: optax.GradientTransformation
+    init: Any
+    shapes: TrainState
+    shardings: TrainState
+
+    def model(self, state: TrainState) -> nnx.Module:
+        """A model of its own with the state's arrays."""
+        return merged(self.graphdef, state.params, self.probes, state.variables)
+
+
+def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
+    """Shapes, places and the compiled initialisation. Without a batch there are no metrics, hence no training."""
+    seed = int(config["seed"])
+    best = np.inf if config.get("best_mode", "min") == "min" else -np.inf
+    optimizer = build_optimizer(config["optimizer"], getattr(task, "tied_updates", ()))
+    new_model = lambda: task.model(nnx.Rngs(seed))  # noqa: E731
+    try:
+        abstract = nnx.eval_shape(new_model)
+    except ValueError as error:
+        raise UserError(f"The model cannot be built from this config: {error}") from error
+    graphdef, params, probes, variables = nnx.split(abstract, nnx.Param, AdjointProbe, ...)
+    probes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probes)
+    metric_names: tuple[str, ...] = ()
+    if batch is not None:
+        loss = loss_function(task, graphdef, jax.random.key(seed))
+        metrics = jax.eval_shape(loss, params, probes, variables, batch, jnp.zeros((), jnp.int32))[1][0]
+        backward = [f"backward/{name}" for name in BACKWARD_VITALS] if jax.tree.leaves(probes) else []
+        metric_names = (*metrics, *backward)
+
+    def create() -> TrainState:
+        _, params, _, variables = nnx.split(new_model(), nnx.Param, AdjointProbe, ...)
+        return TrainState.create(params, variables, optimizer, metric_names, best)
+
+    shapes = jax.eval_shape(create)
+    shardings = state_shardings(mesh, shapes)
+    return Program(mesh, graphdef, probes, optimizer, jax.jit(create, out_shardings=shardings), shapes, shardings)
+
+
+def loss_function(task: Task, graphdef, seed_key):
+    """`Task.loss` as a pure function: (params, probes, variables, batch, step) -> (loss, (metrics, variables))."""
+
+    def loss(params, probes, variables, batch, step):
+        model = merged(graphdef, params, probes, variables)
+        value, metrics = task.loss(model, batch, jax.random.fold_in(seed_key, step), step)
+        updated = named_leaves(nnx.split(model, nnx.Param, AdjointProbe, ...)[3])
+        before = named_leaves(variables)
+        for path in sorted(before.keys() | updated.keys()):
+            old, new = before.get(path), updated.get(path)
+            if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+                was, now = ("absent" if x is None else f"{x.dtype}{list(x.shape)}" for x in (old, new))
+                raise TypeError(f"the loss may not change the shape or dtype of model state: {'/'.join(path)}: {was} -> {now}")
+        variables = jax.tree.unflatten(jax.tree.structure(variables), [updated[path] for path in before])
+        return value, (metrics, variables)
+
+    return loss
+
+
+def step_function(task: Task, config: Mapping, program: Program, log_every: int):
+    """One update: (state, batch) -> (state, the metrics' sums since the last log line, a report of this step)."""
+    loss = loss_function(task, program.graphdef, jax.random.key(int(config["seed"])))
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+    def update(state: TrainState, batch):
+        (value, (metrics, variables)), (grads, measured) = gradient(
+            state.params, program.probes, state.variables, batch, state.step
+        )
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        updates, opt = program.optimizer.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        # A bad step leaves no trace in the state, memories and statistics included.
+        keep = lambda new, old: jax.tree.map(lambda n, o: jax.lax.select(finite, n.astype(o.dtype), o), new, old)  # noqa: E731
+        if jax.tree.leaves(measured):
+            # The "gradient" of a probe: statistics of the backward solve, summed over samples.
+            backward = dict(zip(PROBE_ENTRIES, sum(jax.tree.leaves(measured)), strict=True))
+            metrics = metrics | {f"backward/{name}": (backward[name], backward["samples"]) for name in BACKWARD_VITALS}
+
+        fresh, sums = state.step % log_every == 0, {}
+        for name, (total, count) in metrics.items():
+            good = jnp.isfinite(total)
+            added = (jnp.where(good, total, 0), jnp.where(good, count, 0))
+            sums[name] = tuple(
+                jnp.where(fresh, 0, old) + jnp.asarray(new, old.dtype) for new, old in zip(added, state.sums[name], strict=True)
+            )
+        bad = (~finite).astype(jnp.int32)
+        skipped, in_a_row = state.skipped + bad, (state.skipped_in_a_row + bad) * bad
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            variables=keep(variables, state.variables),
+            opt=keep(opt, state.opt),
+            sums=sums,
+            skipped=skipped,
+            skipped_in_a_row=in_a_row,
+            best=state.best,
+        )
+        return new_state, sums, {"grad_norm": grad_norm, "skipped": skipped, "skipped_in_a_row": in_a_row}
+
+    return update

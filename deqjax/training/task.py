@@ -1,0 +1,50 @@
+"""What an experiment tells the training loop."""
+
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+
+class Stream(Protocol):
+    """Training batches by number."""
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This process's share of batch `step`: arrays `[B_local, ...]` and scalars. A function of seed and step alone."""
+        ...
+
+
+class Task(Protocol):
+    """A model, its data and its loss.
+
+    Optional attributes, read with a default:
+      name: goes into the checkpoint; the class's name by default.
+      fingerprint: anything JSON that must be equal for a checkpoint to be resumed, such as a vocabulary's hash.
+      items_per_step: `(unit, number)`, e.g. `("tokens", 9000)`, for the speed on the console.
+      tied_updates: pairs of parameter paths, see `deqjax.training.optimizer.tie_updates`.
+      import_checkpoint(path, model): puts published weights of another format into the model; `config.init_from` passes
+        files to it.
+      show(model, workdir): pictures, after the final evaluation.
+    """
+
+    config: Any
+
+    def model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A new model. Called inside `jit`."""
+        ...
+
+    def data(self, split: str) -> Stream:
+        """The stream of a split; the loop asks for "train"."""
+        ...
+
+    def loss(self, model: nnx.Module, batch: dict, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
+        """The scalar to minimise, and metrics as `{name: (sum, count)}`.
+
+        May update variables of the model that are not parameters (memories, statistics), keeping shapes and dtypes.
+        """
+        ...
+
+    def evaluate(self, model: nnx.Module, split: str) -> dict[str, float]:
+        """Exact metrics over "valid" or "test"; empty where there is no such split. Host code, may compile inside."""
+        ...

@@ -1,0 +1,217 @@
+"""Word-level language modelling with the DEQ transformer.
+
+    python -m experiments.deq_lm --config configs/pydoc.py
+    python -m experiments.deq_lm --config configs/wt103.py --mode eval
+
+Modes: train (and resume), eval (validation and test perplexity), generate (a continuation of `config.generate.prompt`).
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deqjax.data.pydoc import pydoc
+from deqjax.data.text import OrderedBatches, TextCorpus, unigram_perplexity
+from deqjax.data.wikitext import wikitext103
+from deqjax.models.transformer import DEQTransformer, Memory, TransformerConfig
+from deqjax.nn.config import DEQConfig
+from deqjax.nn.variables import BatchVariable
+
+CORPORA = {"wt103": wikitext103, "pydoc": pydoc, "text": TextCorpus.load}
+
+
+class StreamingModel(nnx.Module):
+    """The language model with the memory of its training streams, which is part of the training state."""
+
+    def __init__(self, lm: DEQTransformer, batch_size: int):
+        config = lm.config
+        self.lm = lm
+        memory = Memory.empty(batch_size, config.mem_len, config.d_model)
+        self.z, self.u, self.length = (BatchVariable(x) for x in memory)
+
+    def memory(self, reset) -> Memory:
+        return Memory(self.z[...], self.u[...], self.length[...]).reset_where(reset)
+
+    def remember(self, memory: Memory) -> None:
+        self.z[...], self.u[...], self.length[...] = memory
+
+
+class LanguageModelTask:
+    """What the training loop needs to know about language modelling."""
+
+    name = "deq_lm"
+    modes = ("train", "eval", "generate")
+
+    def __init__(self, config):
+        self.config = config
+        if config.data.name not in CORPORA:
+            raise ValueError(f"data.name={config.data.name!r}: must be one of {', '.join(CORPORA)}.")
+        self.corpus = CORPORA[config.data.name](config.data.dir)
+        self.deq = DEQConfig.from_config(config.deq)
+        self.architecture = TransformerConfig(
+            n_tokens=len(self.corpus.vocab), **{**config.model, "cutoffs": tuple(config.model.cutoffs)}
+        )
+        self.fingerprint = self.corpus.vocab.fingerprint()
+
+    def model(self, rngs: nnx.Rngs) -> StreamingModel:
+        return StreamingModel(DEQTransformer(self.architecture, self.deq, rngs), self.config.data.batch_size)
+
+    def data(self, split: str) -> OrderedBatches:
+        data = self.config.data
+        if split == "train":
+            varlen = self.config.seed if data.varlen else None
+            shard, shards = jax.process_index(), jax.process_count()
+            return OrderedBatches(
+                self.corpus.train, data.batch_size, data.length, shard=shard, shards=shards, varlen_seed=varlen
+            )
+        return OrderedBatches(getattr(self.corpus, split), data.eval_batch_size, data.eval_length)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def loss(self, model: StreamingModel, batch, key, step):
+        """Mean weighted nll, plus the Jacobian term; the memory moves on to the next segment."""
+        tokens, targets = batch["tokens"], batch["targets"]
+        key_masks, key_probe, key_choice = jax.random.split(key, 3)
+        lm, memory = model.lm, model.memory(batch["reset"])
+        masks = lm.sample_masks(key_masks, *tokens.shape, memory.z.shape[1])
+        def run(lm, unroll=None):
+            z_init = _last_segment(memory, tokens.shape[1]) if self.config.warm_start else None
+            out = lm(tokens, memory, train=True, masks=masks, z_init=z_init, unroll=unroll)
+            nll = jnp.mean(lm.nll(out.states, targets, masks))
+            jacobian = self._jacobian_term(lm, out, key_probe, key_choice, step) if unroll is None else jnp.zeros(())
+            return nll, jacobian, out.memory, out.stats.sums()
+
+        if self.config.pretrain_steps > 0:
+            graph, state = nnx.split(lm)
+            unrolled = lambda state: run(nnx.merge(graph, state, copy=True), self.config.pretrain_unroll)
+            solved = lambda state: run(nnx.merge(graph, state, copy=True))
+            nll, jacobian, memory, vitals = jax.lax.cond(step < self.config.pretrain_steps, unrolled, solved, state)
+        else:
+            nll, jacobian, memory, vitals = run(lm)
+        model.remember(memory)
+
+        n = vitals.pop("samples")
+        metrics = {f"forward/{name}": (value, n) for name, value in vitals.items()}
+        metrics["loss"] = (nll * tokens.size, jnp.asarray(tokens.size, nll.dtype))
+        metrics["jacobian"] = (jacobian, jnp.ones_like(jacobian))
+        return nll + jacobian, metrics
+
+    def _jacobian_term(self, lm, out, key_probe, key_choice, step):
+        """Weighted Jacobian loss, present with the configured probability."""
+        c = self.deq
+        if c.jac_loss_weight == 0 or c.jac_loss_freq == 0:
+            return jnp.zeros(())
+        weight = c.jac_loss_weight + (0.1 * (step // c.jac_incremental) if c.jac_incremental else 0.0)
+        chosen = jax.random.bernoulli(key_choice, c.jac_loss_freq)
+        term = jax.lax.cond(chosen, lambda: lm.jacobian_loss(out, key_probe), lambda: jnp.zeros((), out.states[-1].dtype))
+        return weight * term
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: StreamingModel, split: str = "valid", solver_options: dict | None = None) -> dict[str, float]:
+        """Token-weighted mean nll over a split, with the memory carried through it; and how the solves went."""
+        batches, config = self.data(split), self.config.data
+        graph, state = nnx.split(model.lm)
+        memory = Memory.empty(config.eval_batch_size, config.eval_mem_len, self.architecture.d_model)
+        segment = self._eval_segment(graph, tuple(sorted((solver_options or {}).items())))
+        totals: dict[str, float] = {}
+        for k in range(batches.n_segments):
+            batch = batches.batch(k)
+            sums, memory = segment(state, memory, batch["tokens"], batch["targets"])
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        loss = totals["nll"] / totals["tokens"]
+        report = {"loss": loss, "perplexity": float(np.exp(loss))}
+        vitals = ("abs", "rel", "steps", "converged", "non_finite")
+        return report | {f"forward/{name}": totals[name] / totals["samples"] for name in vitals}
+
+    def _eval_segment(self, graph, solver_options):
+        """The jitted evaluation of one segment; kept, so that a run compiles it once."""
+        cache = self.__dict__.setdefault("_compiled", {})
+        key = (self.config.data.eval_mem_len, solver_options)
+        if key not in cache:
+            capacity = self.config.data.eval_mem_len
+
+            @jax.jit
+            def segment(state, memory, tokens, targets):
+                lm = nnx.merge(graph, state)
+                z_init = _last_segment(memory, tokens.shape[1]) if self.config.warm_start else None
+                out = lm(tokens, memory, z_init=z_init, solver_options=dict(solver_options))
+                sums = {"nll": jnp.sum(lm.nll(out.states, targets)), "tokens": jnp.asarray(targets.size, jnp.float32)}
+                memory = memory.append(out.states[-1], out.injection.u, capacity)
+                return sums | out.stats.sums(), memory
+
+            cache[key] = segment
+        return cache[key]
+
+    def report(self, model: StreamingModel) -> None:
+        """Prints perplexities beside a unigram model's, and again with twice the solver steps."""
+        corpus = self.corpus
+        for split in ("valid", "test"):
+            result = self.evaluate(model, split)
+            unigram = unigram_perplexity(corpus.train, getattr(corpus, split), len(corpus.vocab))
+            print(
+                f"{split}: perplexity {result['perplexity']:.2f} (unigram model {unigram:.1f}) | "
+                f"solver steps {result['forward/steps']:.1f} | relative residual {result['forward/rel']:.2e} | "
+                f"segments converged {100 * result['forward/converged']:.1f}%"
+            )
+            if self.architecture.norm != "pre":
+                # A budget in training terms, scaled like the evaluation's own.
+                budget = 2 * (self.deq.eval_f_max_iter or int(self.deq.f_max_iter * self.deq.eval_factor))
+                twice = self.evaluate(model, split, {"eval_f_max_iter": budget})
+                print(f"{split}: perplexity {twice['perplexity']:.2f} with up to {budget} solver steps")
+
+    # Generation ------------------------------------------------------------------------------------------------------
+
+    def generate(self, model: StreamingModel) -> str:
+        """Continues the configured prompt, one token at a time with the memory as context.
+
+        At an equilibrium a remembered state is what solving again would give, so each new token is a solve of length
+        one, started from its predecessor's state.
+        """
+        options, config = self.config.generate, self.architecture
+        graph, state = nnx.split(model.lm)
+        capacity = self.config.data.eval_mem_len
+
+        @jax.jit
+        def advance(state, memory, z, token, key):
+            lm = nnx.merge(graph, state)
+            out = lm(token[None, None], memory, z_init=z)
+            logits = lm.log_prob(out.states[-1])[0, 0] / max(options.temperature, 1e-6)
+            if options.top_k:
+                floor = jax.lax.top_k(logits, min(options.top_k, logits.shape[0]))[0][-1]
+                logits = jnp.where(logits >= floor, logits, -jnp.inf)
+            memory = memory.append(out.states[-1], out.injection.u, capacity)
+            return jax.random.categorical(key, logits), out.states[-1], memory
+
+        prompt = self.corpus.vocab.encode(options.prompt.split())
+        memory = Memory.empty(1, capacity, config.d_model)
+        cold = jnp.zeros((1, 1, config.d_model))
+        z, tokens, key = cold, [0, *map(int, prompt)], jax.random.key(options.seed)
+        for n in range(len(tokens) - 1 + options.n_tokens):
+            # An unrolled cell has no equilibrium to start from.
+            z = cold if config.norm == "pre" else z
+            token, z, memory = advance(state, memory, z, jnp.asarray(tokens[n]), jax.random.fold_in(key, n))
+            if n + 1 >= len(tokens):
+                tokens.append(int(token))
+        return self.corpus.vocab.decode(tokens[1:]).replace(" <eos> ", "\n").replace("<eos>", "\n")
+
+
+def _last_segment(memory: Memory, length: int):
+    """The newest states of the memory as a start for the next segment; zeros where there are none."""
+    rows, missing = memory.z[:, -length:], length - min(length, memory.z.shape[1])
+    valid = jnp.arange(rows.shape[1]) >= rows.shape[1] - memory.length
+    return jnp.pad(jnp.where(valid[None, :, None], rows, 0), ((0, 0), (missing, 0), (0, 0)))
+
+
+def main(argv=None):
+    from deqjax.training.main import run
+
+    return run(LanguageModelTask, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""What a fixed-point solver and its gradients must satisfy."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deqjax
+from deqjax import Anderson, Broyden, Implicit, OneStep, Phantom, Picard, Status, Unrolled, fixed_point
+from deqjax.core.solve import solve
+
+SOLVERS = [Picard(max_steps=120, tol=1e-13), Anderson(max_steps=60, tol=1e-13), Broyden(max_steps=60, tol=1e-13)]
+TIGHT = Implicit(solver=Anderson(max_steps=80, tol=1e-13))
+
+
+@pytest.fixture(autouse=True)
+def strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A tanh contraction: W [8, 8], x [4, 8]."""
+    W = 0.4 * jax.random.normal(jax.random.key(0), (8, 8), jnp.float64) / 8**0.5
+    return W, jax.random.normal(jax.random.key(1), (4, 8), jnp.float64)
+
+
+def cell(z, W, x):
+    return jnp.tanh(z @ W + x)
+
+
+def named(solver):
+    return type(solver).__name__
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+def test_finds_the_fixed_point(solver, problem):
+    solution = fixed_point(cell, jnp.zeros_like(problem[1]), *problem, solver=solver)
+    np.testing.assert_allclose(cell(solution.value, *problem), solution.value, atol=1e-12)
+    assert np.all(solution.stats.converged)
+    assert "converged" in solution.stats.explain()
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=named)
+def test_implicit_gradient_equals_the_unrolled_one(solver, problem):
+    def gradient(rule):
+        def loss(W, x):
+            return jnp.sum(fixed_point(cell, jnp.zeros_like(x), W, x, solver=solver, gradient=rule).value ** 3)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(*problem)
+
+    implicit = gradient(Implicit(solver=dataclasses.replace(solver, tol=1e-14)))
+    for a, b in zip(implicit, gradient(Unrolled()), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+    for a, b in zip(implicit, gradient(Phantom(steps=80)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+
+
+def test_one_step_is_the_first_phantom_step(problem):
+    def loss(W, rule):
+        return jnp.sum(fixed_point(cell, jnp.zeros_like(problem[1]), W, problem[1], gradient=rule).value)
+
+    np.testing.assert_array_equal(jax.grad(loss)(problem[0], OneStep()), jax.grad(loss)(problem[0], Phantom(steps=1)))
+
+
+def test_second_derivatives_through_the_implicit_rule(problem):
+    W, x = problem
+
+    def loss(t):
+        return jnp.sum(fixed_point(cell, jnp.zeros_like(x), t * W, x, solver=SOLVERS[1], gradient=TIGHT).value ** 2)
+
+    e = 1e-4
+    numerical = (jax.grad(loss)(1 + e) - jax.grad(loss)(1 - e)) / (2 * e)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.grad(loss)))(1.0), numerical, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [TIGHT, Phantom(steps=60), Unrolled()], ids=named)
+def test_f_may_close_over_anything(rule, problem):
+    """Traced parameters, booleans, integers and random keys, inside jit, scan and checkpoint."""
+    W, x = problem
+    table, key = jnp.arange(8), jax.random.key(3)
+
+    def loss(W, mask, key):
+        noise = jax.random.normal(key, x.shape, x.dtype)
+
+        def f(z):
+            return jnp.where(mask[None], cell(z, W, x), 0.1 * z[:, table]) + 0.01 * noise
+
+        return jnp.sum(fixed_point(f, jnp.zeros_like(x), solver=SOLVERS[0], gradient=rule).value ** 2)
+
+    mask = jnp.arange(8) > 2
+    reference = jax.grad(loss)(W, mask, key)
+    body = lambda total, _: (total + jax.checkpoint(jax.grad(loss))(W, mask, key), None)
+    scanned = jax.jit(lambda: jax.lax.scan(body, jnp.zeros_like(W), length=2)[0])()
+    np.testing.assert_allclose(scanned, 2 * reference, atol=1e-10)
+
+
+def test_a_state_may_be_any_pytree(problem):
+    W, x = problem
+
+    def f(state):
+        a, b = state["a"], state["b"]
+        return {"a": jnp.tanh(a @ W + x + b[:, None]), "b": 0.3 * jnp.mean(a, axis=1)}
+
+    def loss(solver, rule):
+        start = {"a": jnp.zeros_like(x), "b": jnp.zeros((4,), x.dtype)}
+        return fixed_point(f, start, solver=solver, gradient=rule)
+
+    values = [loss(solver, TIGHT).value for solver in SOLVERS]
+    for value in values[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), value, values[0])
+
+
+def test_the_whole_state_as_one_problem_and_vmap(problem):
+    W, x = problem
+    solved = fixed_point(cell, jnp.zeros_like(x), W, x, solver=SOLVERS[1]).value
+    one = lambda x: fixed_point(lambda z: jnp.tanh(z @ W + x), jnp.zeros_like(x), solver=SOLVERS[1], batch_axis=None).value
+    np.testing.assert_allclose(jax.vmap(one)(x), solved, atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", [Picard(tol=1e-6), Anderson(tol=1e-6), Broyden(tol=1e-6)], ids=named)
+def test_a_sample_does_not_depend_on_its_batch_mates(solver):
+    rates = jnp.asarray([0.1, 0.9, 0.5])
+    f = lambda z, r: r[:, None] * z + 1.0
+    together = fixed_point(f, jnp.zeros((3, 4)), rates, solver=solver)
+    for i in range(3):
+        alone = fixed_point(f, jnp.zeros((1, 4)), rates[i : i + 1], solver=solver)
+        np.testing.assert_array_equal(alone.value[0], together.value[i])
+        assert alone.stats.steps[0] == together.stats.steps[i]
+
+
+def test_anderson_solves_a_linear_system_in_as_many_steps_as_dimensions():
+    A = jnp.diag(jnp.asarray([0.9, -0.5, 0.3, 0.95]))
+    f = lambda z: z @ A + 1.0
+    solver = Anderson(max_steps=7, memory=6, ridge=1e-15, tol=1e-10)
+    solution = fixed_point(f, jnp.zeros((1, 4)), solver=solver)
+    np.testing.assert_allclose(solution.value[0], 1 / (1 - jnp.diag(A)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [10, 20])
+def test_broyden_converges_with_less_memory_than_steps(memory):
+    eigenvalues = jnp.linspace(-0.3, 0.99, 64)
+    f = lambda z: z * eigenvalues[None] + 1.0
+    stats = fixed_point(f, jnp.zeros((1, 64)), solver=Broyden(max_steps=300, memory=memory, tol=1e-5)).stats
+    assert stats.converged[0] and stats.steps[0] < 150
+
+
+def test_non_finite_samples_stop_with_their_best_iterate_and_leave_others_alone():
+    growth = jnp.asarray([0.5, 1e200])
+    f = lambda z: growth[:, None] * z + 1.0
+    solution = fixed_point(f, jnp.zeros((2, 3)), solver=Picard(max_steps=60, tol=1e-12))
+    assert list(map(int, solution.stats.status)) == [Status.CONVERGED, Status.NON_FINITE]
+    assert np.all(np.isfinite(solution.stats.rel_lowest))
+    np.testing.assert_allclose(solution.value[0], 2.0)
+
+
+def test_divergence_is_reported():
+    stats = fixed_point(lambda z: 2 * z + 1, jnp.zeros((1, 3)), solver=Picard(max_steps=20, stop_mode="abs")).stats
+    assert stats.status[0] == Status.DIVERGED
+    assert "does not contract" in stats.explain()
+
+
+def test_every_sampled_step_is_returned_even_after_an_early_stop():
+    solver = Picard(max_steps=40, tol=1e-6)
+    best, samples, stats = solve(lambda z: 0.1 * z + 1, jnp.zeros((1, 2)), solver, (1, 3, 40))
+    np.testing.assert_allclose(samples[0], 1.0)
+    np.testing.assert_allclose(samples[1], 1.11)
+    np.testing.assert_array_equal(samples[2], best)
+    assert stats.steps[0] < 40
+
+
+def test_checking_less_often_changes_nothing_but_the_check():
+    f = lambda z: 0.5 * z + 1
+    often, seldom = (
+        solve(f, jnp.zeros((2, 3)), Picard(max_steps=50, tol=1e-6, check_every=k))[0] for k in (1, 7)
+    )
+    np.testing.assert_array_equal(often, seldom)
+
+
+def test_bfloat16_state_keeps_its_dtype_and_float32_residuals():
+    W = 0.1 * jnp.ones((4, 4), jnp.bfloat16)
+    for solver in (Picard(), Anderson(), Broyden()):
+        solution = fixed_point(lambda z: jnp.tanh(z @ W + jnp.bfloat16(1)), jnp.zeros((2, 4), jnp.bfloat16), solver=solver)
+        assert solution.value.dtype == jnp.bfloat16
+        assert solution.stats.rel_lowest.dtype == jnp.float32
+
+
+def test_adjoint_statistics_arrive_as_a_gradient(problem):
+    W, x = problem
+
+    def loss(probe):
+        rule = Implicit(solver=Picard(max_steps=50, tol=1e-6))
+        return jnp.sum(fixed_point(cell, jnp.zeros_like(x), W, x, gradient=rule, adjoint_probe=probe).value)
+
+    measured = jax.grad(loss)(deqjax.adjoint_probe())
+    _, rel, steps, converged, _, samples = np.asarray(measured)
+    assert samples == 4 and converged == 4 and 0 < steps / samples < 50 and rel / samples < 1e-6
+
+
+def test_sharding_over_the_batch_needs_one_reduction_per_step(problem):
+    W, _ = problem
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.random.normal(jax.random.key(4), (16, 8), jnp.float64)
+    run = jax.jit(lambda x: fixed_point(cell, jnp.zeros_like(x), W, x, solver=Anderson()).value)
+    expected = run(x)
+    sharded = jax.device_put(x, sharding)
+    np.testing.assert_allclose(run(sharded), expected, atol=1e-12)
+    text = run.lower(sharded).compile().as_text()
+    assert text.count(" all-reduce(") <= 1 and "all-gather" not in text
+
+
+@pytest.mark.parametrize(
+    ("f", "z", "message"),
+    [
+        (lambda z: z[:, :2], jnp.zeros((2, 3)), "keep shape and dtype"),
+        (lambda z: z.astype(jnp.float32), jnp.zeros((2, 3)), "float32"),
+        (lambda z: (z, z), jnp.zeros((2, 3)), "structure"),
+        (lambda z: z, jnp.zeros((2, 3), jnp.int32), "floating point"),
+    ],
+)
+def test_a_map_that_is_not_one_of_states_is_explained(f, z, message):
+    with pytest.raises(TypeError, match=message):
+        fixed_point(f, z)
+
+
+def test_wrong_options_are_explained():
+    with pytest.raises(ValueError, match="batch axis"):
+        fixed_point(lambda z: z, (jnp.zeros((2, 3)), jnp.zeros((4, 3))))
+    with pytest.raises(ValueError, match="stop_mode='relative'"):
+        Picard(stop_mode="relative")
+    with pytest.raises(ValueError, match="did you mean 'anderson'"):
+        deqjax.get_solver("andersen")
+    with pytest.raises(ValueError, match="did you mean 'memory'"):
+        deqjax.get_solver("anderson", memry=3)
+    with pytest.raises(ValueError, match="did you mean 'f_stop_mode'"):
+        deqjax.DEQ.from_config({"stop_mode": "rel"})
+
+
+def test_a_registered_solver_is_known_by_name(problem):
+    class Half(Picard):
+        pass
+
+    deqjax.register_solver("half_test", Half)
+    assert isinstance(deqjax.get_solver("half_test", damping=0.5), Half)

@@ -1,0 +1,166 @@
+"""Properties of the DEQ transformer."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deqjax.models.transformer import DEQTransformer, Memory, TransformerConfig
+from deqjax.nn.config import DEQConfig
+
+SMALL = dict(n_tokens=30, d_model=8, n_head=2, d_head=4, d_inner=12, mem_len=4, cutoffs=(10, 20), div_val=2, init_std=1.0)
+EQUILIBRIUM = dict(f_solver="anderson", f_tol=1e-8, f_stop_mode="rel", f_max_iter=200, b_tol=1e-8, b_stop_mode="rel", ift=True)
+
+
+def build(deq=EQUILIBRIUM, **settings):
+    config = TransformerConfig(**{**SMALL, "recipe": "deq-seq", "norm": "post", **settings})
+    return DEQTransformer(config, DEQConfig(**deq), nnx.Rngs(1))
+
+
+def tokens_of(batch=2, length=6):
+    return jax.random.randint(jax.random.key(0), (batch, length), 0, 30)
+
+
+@pytest.mark.parametrize("settings", [{}, {"recipe": "deq-lm", "norm": "pre_bounded", "n_layer": 2}], ids=["seq", "lm"])
+def test_a_token_does_not_see_its_future(settings):
+    lm, tokens = build(**settings), tokens_of()
+    injected = lambda t: lm.encode(t, Memory.empty(2, 4, 8))
+    z = jax.random.normal(jax.random.key(2), (2, 6, 8))
+    before, after = (lm.cell(z, injected(t)) for t in (tokens, tokens.at[:, 4].set((tokens[:, 4] + 1) % 30)))
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert np.any(before[:, 4:] != after[:, 4:])
+
+
+def test_empty_memory_rows_and_those_beyond_the_window_have_no_influence():
+    lm, tokens = build(local_size=3), tokens_of()
+    memory = Memory(jnp.ones((2, 4, 8)), jnp.ones((2, 4, 24)), jnp.asarray(4))
+    z = jax.random.normal(jax.random.key(2), (2, 6, 8))
+    run = lambda m: lm.cell(z, lm.encode(tokens, m))
+    far = memory._replace(z=memory.z.at[:, :2].set(7.0))
+    np.testing.assert_array_equal(run(memory), run(far))
+    lm = build()
+    empty = memory._replace(length=jnp.asarray(0))
+    np.testing.assert_allclose(run(empty), run(Memory.empty(2, 0, 8)), atol=1e-6)
+
+
+def test_segments_with_memory_equal_one_long_segment_at_equilibrium():
+    lm, tokens = build(mem_len=8), tokens_of(length=8)
+    whole = lm(tokens, Memory.empty(2, 8, 8))
+    first = lm(tokens[:, :4], Memory.empty(2, 8, 8))
+    second = lm(tokens[:, 4:], first.memory)
+    np.testing.assert_allclose(second.states[-1], whole.states[-1][:, 4:], atol=1e-5)
+
+
+def test_nll_is_the_log_probability_in_token_order():
+    for settings in ({}, {"div_val": 1, "d_embed": 6}, {"cutoffs": (), "div_val": 1}):
+        lm, targets = build(**settings), tokens_of()
+        z = jax.random.normal(jax.random.key(5), (2, 6, 8))
+        logp = lm.log_prob(z)
+        np.testing.assert_allclose(jnp.sum(jnp.exp(logp), axis=-1), 1, rtol=1e-5)
+        expected = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
+        np.testing.assert_allclose(lm.softmax.nll(z, targets), expected, rtol=1e-5)
+
+
+def test_tails_taken_in_chunks_give_the_same_nll_and_gradient(monkeypatch):
+    lm, targets = build(), jnp.asarray(np.arange(48).reshape(2, 24) % 30)
+    z = jax.random.normal(jax.random.key(5), (2, 24, 8))
+    loss = lambda z: jnp.sum(lm.softmax.nll(z, targets) * jnp.arange(24)[None])
+    whole = jax.value_and_grad(loss)(z)
+    monkeypatch.setattr("deqjax.models.transformer.adaptive._TAIL_BUDGET", 1)
+    jaxpr = str(jax.make_jaxpr(loss)(z))
+    assert "scan" in jaxpr
+    for a, b in zip(whole, jax.value_and_grad(loss)(z), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_one_mask_per_solve():
+    """With dropout the map stays one map: the solve converges and applying f again moves nothing."""
+    lm, tokens = build(dropout=0.4, dropatt=0.3), tokens_of()
+    memory = Memory.empty(2, 4, 8)
+    masks = [lm.sample_masks(jax.random.key(k), 2, 6, 4) for k in (1, 2)]
+    outs = [lm(tokens, memory, train=True, masks=m) for m in masks]
+    for out in outs:
+        assert np.all(out.stats.converged)
+        np.testing.assert_allclose(lm.cell(out.states[-1], out.injection), out.states[-1], atol=1e-5)
+    assert np.max(np.abs(outs[0].states[-1] - outs[1].states[-1])) > 1e-2
+
+
+def test_every_parameter_gets_a_gradient():
+    lm, tokens = build(), tokens_of(length=24)
+    memory = Memory(*(jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 4, 8), (2, 4, 24)])), jnp.asarray(4))
+    for deq in (EQUILIBRIUM, dict(f_max_iter=0, grad=4), dict(grad=2, f_solver="broyden")):
+        lm = build(deq)
+        graph, params, rest = nnx.split(lm, nnx.Param, ...)
+
+        def loss(params, graph=graph, rest=rest):
+            lm = nnx.merge(graph, params, rest)
+            return jnp.mean(lm.nll(lm(tokens, memory, train=True).states, tokens))
+
+        for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+            assert np.all(np.isfinite(g)) and np.any(g != 0), jax.tree_util.keystr(path)
+
+
+def test_the_memory_enters_once_per_segment_not_once_per_step():
+    """In the solver's loop no product involves the memory's rows by the key and value weights."""
+    lm, tokens = build(mem_len=5), tokens_of(length=3)
+    memory = Memory.empty(2, 5, 8)
+    step = jax.make_jaxpr(lambda z, injection: lm.cell(z, injection))
+    text = str(step(jnp.zeros((2, 3, 8)), lm.encode(tokens, memory)))
+    assert "[2,5,24]" not in text and "[2,8,24]" not in text and "[2,3,24]" in text
+
+
+def test_warm_start_saves_steps():
+    lm, tokens = build(), tokens_of()
+    memory = Memory.empty(2, 4, 8)
+    cold = lm(tokens, memory)
+    warm = lm(tokens, memory, z_init=cold.states[-1])
+    assert np.max(warm.stats.steps) < np.min(cold.stats.steps)
+    np.testing.assert_allclose(warm.states[-1], cold.states[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("deq", [dict(ift=True), dict(f_solver="anderson"), dict(f_solver="broyden")])
+def test_a_cell_without_fixed_point_warns(deq):
+    with pytest.warns(UserWarning, match="no fixed point"):
+        build(deq, recipe="deq-lm", norm="pre")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(deq, recipe="deq-lm", norm="pre_bounded")
+        build(dict(f_max_iter=0, grad=12), recipe="deq-lm", norm="pre")
+
+
+def test_the_bounded_pre_norm_cell_has_a_fixed_point_and_the_plain_one_has_none():
+    tokens, memory = tokens_of(), Memory.empty(2, 4, 8)
+    deq = dict(f_max_iter=200, f_tol=1e-5, f_stop_mode="rel")
+    for recipe in ("deq-lm", "deq-seq"):
+        settings = dict(recipe=recipe, init_std=0.1)
+        assert np.all(build(deq, norm="pre_bounded", **settings)(tokens, memory).stats.converged)
+        assert not np.any(build(deq, norm="pre", **settings)(tokens, memory).stats.converged)
+
+
+def test_the_published_recipe_has_the_published_size():
+    from configs import wt103
+    from experiments.deq_lm import DEQConfig as Settings
+
+    # Distinct stored numbers; for deq-seq only the size of f is known without counting tied tensors twice.
+    for variant, whole, cell in (("lm", 97_571_288, None), ("seq_ift", None, 69_753_000)):
+        config = wt103.get_config(variant)
+        model = {**config.model, "cutoffs": tuple(config.model.cutoffs)}
+        architecture = TransformerConfig(n_tokens=267_735, **model)
+        lm = nnx.eval_shape(lambda a=architecture, d=config.deq: DEQTransformer(a, Settings.from_config(d), nnx.Rngs(0)))
+        count = lambda module: sum(x.size for x in jax.tree.leaves(nnx.split(module, nnx.Param, ...)[1]))
+        if whole is not None:
+            assert count(lm) == whole
+        else:
+            assert count(lm.cell) == cell
+
+
+def test_wrong_sizes_are_explained():
+    with pytest.raises(ValueError, match="must equal d_model"):
+        build(n_head=3)
+    with pytest.raises(ValueError, match="cutoffs"):
+        build(cutoffs=(40,))
+    with pytest.raises(ValueError, match="recipe"):
+        build(recipe="deq")

@@ -1,0 +1,53 @@
+"""Imports run one way only."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# Layer -> what of this project it may import.
+ALLOWED = {
+    "deqjax.core": {"deqjax.core"},
+    "deqjax.nn": {"deqjax.core", "deqjax.nn"},
+    "deqjax.models": {"deqjax.core", "deqjax.nn", "deqjax.models"},
+    "deqjax.interop": {"deqjax.core", "deqjax.nn", "deqjax.models", "deqjax.interop"},
+    "deqjax.data": {"deqjax.data"},
+    "deqjax.training": {"deqjax.core", "deqjax.nn.variables", "deqjax.training", "deqjax.data.errors"},
+    "configs": {"configs"},
+}
+FORBIDDEN = {"deqjax.core": {"flax"}, "deqjax.data": {"jax", "flax"}, "configs": {"jax", "flax", "numpy"}}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+@pytest.mark.parametrize("layer", ALLOWED)
+def test_a_layer_imports_only_what_lies_below(layer):
+    files = sorted((ROOT / layer.replace(".", "/")).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            if name.split(".")[0] in ("deqjax", "configs", "experiments", "tests"):
+                assert any(name == a or name.startswith(a + ".") for a in ALLOWED[layer]), f"{path} imports {name}"
+            assert name.split(".")[0] not in FORBIDDEN.get(layer, ()), f"{path} imports {name}"
+
+
+def test_importing_the_package_loads_nothing_optional():
+    code = (
+        "import sys, deqjax\nassert 'jax' not in sys.modules\n"
+        "deqjax.fixed_point, deqjax.DEQ\n"
+        "extra = {'torch', 'orbax.checkpoint', 'ml_collections', 'tensorboardX', 'safetensors', 'matplotlib'}\n"
+        "flax_brings = {'orbax.checkpoint'}\n"
+        "assert not (extra - flax_brings) & set(sys.modules), (extra - flax_brings) & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

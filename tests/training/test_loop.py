@@ -1,0 +1,205 @@
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from deqjax.training import checkpoint, loop
+from deqjax.training.checkpoint import committed_steps, load_params
+from deqjax.training.errors import UserError
+from deqjax.training.state import named_leaves
+from tests.training.tiny import TinyTask, get_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def train(workdir, **changes):
+    config = get_config()
+    config.update_from_flattened_dict(changes)
+    return loop.train(TinyTask(config), config, workdir)
+
+
+def lines(workdir):
+    """The log without what depends on the clock."""
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if not name.startswith("time/")} for entry in entries]
+
+
+def arrays(state):
+    raw = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return {path: np.asarray(raw(leaf)) for path, leaf in named_leaves(state).items()}
+
+
+def assert_equal_states(a, b):
+    a, b = arrays(a), arrays(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg="/".join(path))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return train(workdir), workdir
+
+
+def test_training_learns_and_logs_the_vitals(unbroken):
+    state, workdir = unbroken
+    log = lines(workdir)
+    assert [entry["step"] for entry in log if "train/loss" in entry] == [3, 6, 9, 12]
+    first, last = (entry for entry in log if "valid/loss" in entry and entry["step"] in (4, 12))
+    assert last["valid/loss"] < first["valid/loss"]
+    vitals = {"train/grad_norm", "train/lr", "train/skipped", "train/backward/steps", "train/backward/rel"}
+    assert all(vitals <= entry.keys() for entry in log if "train/loss" in entry)
+    assert log[0]["train/backward/steps"] > 1
+    assert log[-1].keys() == {"step", "test/loss", "test/mean"}
+    assert int(state.step) == 12 and float(state.best) == last["valid/loss"]
+    assert not state.variables["memory"].get_value().sharding.is_fully_replicated
+
+
+def test_stopping_anywhere_and_going_on_changes_nothing(unbroken, tmp_path):
+    # Five steps are no multiple of log_every or eval_every.
+    train(tmp_path, steps=5, eval_every=4)
+    kept = [entry for entry in lines(tmp_path) if entry["step"] <= 4]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        file.write('{"step": 9, "train/loss": 1.0}\n{"step": 10, "tra')
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+
+
+def test_a_killed_process_resumes_bit_for_bit(unbroken, tmp_path):
+    command = [sys.executable, "-m", "tests.training.tiny", "--config", "tests/training/tiny.py", f"--workdir={tmp_path}"]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen([*command, "--config.sleep=0.3"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not committed_steps(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and committed_steps(tmp_path)[-1] < 12
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+
+
+def test_sigterm_saves_and_returns(unbroken, tmp_path, monkeypatch, capsys):
+    original = TinyTask.batch
+
+    def batch(self, step):
+        if step == 7 and self.config.sleep == 0.0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step)
+
+    monkeypatch.setattr(TinyTask, "batch", batch)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert int(train(tmp_path).step) == 8
+    assert "SIGTERM: saved step 8 of 12" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) is handler
+    monkeypatch.undo()
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+
+
+def test_eight_devices_compute_what_one_does(unbroken, tmp_path, monkeypatch):
+    from deqjax.training import mesh
+
+    one = jax.devices()[:1]
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: mesh.make_mesh(sizes, one))
+    single, eight = arrays(train(tmp_path)), arrays(unbroken[0])
+    for path in eight:
+        np.testing.assert_allclose(single[path], eight[path], rtol=1e-9, atol=1e-12, err_msg="/".join(path))
+
+
+def test_a_checkpoint_moves_to_other_devices(unbroken, tmp_path, monkeypatch):
+    from deqjax.training import mesh
+
+    train(tmp_path, steps=5)
+    monkeypatch.setattr(loop, "make_mesh", lambda sizes: mesh.make_mesh({"data": 1, "fsdp": -1}, jax.devices()[:2]))
+    state, expected = arrays(train(tmp_path)), arrays(unbroken[0])
+    for path in expected:
+        np.testing.assert_allclose(state[path], expected[path], rtol=1e-9, atol=1e-12, err_msg="/".join(path))
+
+
+def test_the_latest_and_the_best_checkpoint_are_kept_and_weights_load_as_numpy(unbroken):
+    state, workdir = unbroken
+    assert committed_steps(workdir)[-1] == 12 and len(committed_steps(workdir)) <= 2
+    kernel = load_params(workdir)["linear"]["kernel"]
+    assert type(kernel) is np.ndarray
+    np.testing.assert_array_equal(kernel, state.params["linear"]["kernel"][...])
+
+
+def test_a_finished_run_only_evaluates(unbroken, capsys):
+    before = lines(unbroken[1])
+    assert_equal_states(train(unbroken[1]), unbroken[0])
+    assert "The run is finished" in capsys.readouterr().out
+    assert lines(unbroken[1]) == before
+    config = get_config()
+    assert loop.evaluate(TinyTask(config), config, unbroken[1])["test/loss"] == before[-1]["test/loss"]
+
+
+def test_weights_of_another_run_start_a_new_one(unbroken, tmp_path):
+    state = train(tmp_path, init_from=str(unbroken[1]), steps=0)
+    np.testing.assert_array_equal(state.params["linear"]["kernel"][...], unbroken[0].params["linear"]["kernel"][...])
+    assert float(state.variables["mean"][...]) == float(unbroken[0].variables["mean"][...])
+    assert not np.any(state.variables["memory"][...]) and int(state.step) == 0
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(unbroken):
+    with pytest.raises(UserError, match=r"params/linear/bias: \[1\] there, \[2\] here; params/linear/kernel"):
+        train(unbroken[1], width=2)
+
+
+def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):
+    train(tmp_path, steps=5)
+    for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoints/5 cannot be read.*Remove that folder and the run goes on from step 4"):
+        train(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["at once", "in the background"])
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(unbroken, tmp_path, monkeypatch, when):
+    full = OSError(28, "No space left on device")
+    method = "save" if when == "at once" else "_finalize"
+    original = getattr(checkpoint.ocp.CheckpointManager, method)
+
+    def fails(self, step, *args, **kwargs):
+        if step >= 8:
+            raise full
+        return original(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, method, fails)
+        with pytest.raises(UserError, match=r"No space left on device.*checkpoint of step \d+ is intact"):
+            train(tmp_path)
+    assert_equal_states(train(tmp_path), unbroken[0])
+
+
+def test_bad_updates_are_skipped_and_counted(tmp_path):
+    state = train(tmp_path, poison_from=2, poison_to=5)
+    assert int(state.skipped) == 3 and int(state.skipped_in_a_row) == 0 and int(state.step) == 12
+    assert all(np.all(np.isfinite(x)) for x in arrays(state.params).values())
+    assert [entry["train/skipped"] for entry in lines(tmp_path) if "train/skipped" in entry] == [1, 3, 3, 3]
+
+
+def test_too_many_bad_updates_stop_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"diverged.*last 4 steps, up to step 9; the checkpoint of step 5 is kept"):
+        train(tmp_path, poison_from=5, poison_to=12, eval_every=5, **{"max_bad_steps": 3})
+
+
+def test_a_step_compiles_once(tmp_path, capsys):
+    train(tmp_path)
+    assert capsys.readouterr().out.count("Compiled") == 1
+
+
+def test_a_batch_that_devices_cannot_share_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyTask, "batch", lambda self, step: {"x": np.zeros((6, 4))})
+    with pytest.raises(UserError, match="'x' has 6 rows, which 8 devices cannot share"):
+        train(tmp_path)
