@@ -77,6 +77,7 @@ class LanguageModelTask:
         key_masks, key_probe, key_choice = jax.random.split(key, 3)
         lm, memory = model.lm, model.memory(batch["reset"])
         masks = lm.sample_masks(key_masks, *tokens.shape, memory.z.shape[1])
+
         def run(lm, unroll=None):
             z_init = _last_segment(memory, tokens.shape[1]) if self.config.warm_start else None
             out = lm(tokens, memory, train=True, masks=masks, z_init=z_init, unroll=unroll)
@@ -86,9 +87,12 @@ class LanguageModelTask:
 
         if self.config.pretrain_steps > 0:
             graph, state = nnx.split(lm)
-            unrolled = lambda state: run(nnx.merge(graph, state, copy=True), self.config.pretrain_unroll)
-            solved = lambda state: run(nnx.merge(graph, state, copy=True))
-            nll, jacobian, memory, vitals = jax.lax.cond(step < self.config.pretrain_steps, unrolled, solved, state)
+            nll, jacobian, memory, vitals = jax.lax.cond(
+                step < self.config.pretrain_steps,
+                lambda state: run(nnx.merge(graph, state, copy=True), self.config.pretrain_unroll),
+                lambda state: run(nnx.merge(graph, state, copy=True)),
+                state,
+            )
         else:
             nll, jacobian, memory, vitals = run(lm)
         model.remember(memory)

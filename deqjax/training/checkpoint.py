@@ -96,8 +96,8 @@ class Checkpoints:
         sums, shapes, shardings = shapes.sums, shapes.replace(sums={}), shardings.replace(sums={})
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         try:
-            saved = self._manager.item_metadata(step)["state"].tree
-            saved = named_leaves(saved)
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                saved = _stored_leaves(reader, self.directory / str(step) / "state")
         except Exception as error:
             raise self._damaged(step, error) from error
         _check_same(self.directory / str(step), saved, named_leaves(shapes))
@@ -164,7 +164,7 @@ def load_arrays(workdir, wanted: Callable[[tuple[str, ...]], bool], step: int | 
     absl_logging.set_verbosity(absl_logging.ERROR)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            leaves = named_leaves(reader.metadata(folder).item_metadata.tree)
+            leaves = _stored_leaves(reader, folder)
             item = nested_dict({path: leaf for path, leaf in leaves.items() if wanted(path)})
             if not item:
                 return {}
@@ -234,6 +234,13 @@ def committed_steps(workdir) -> list[int]:
     """The steps whose checkpoints in a run's directory are complete."""
     directory = Path(workdir).absolute() / FOLDER
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
+
+
+def _stored_leaves(reader, folder) -> dict:
+    metadata = reader.metadata(folder).item_metadata
+    if metadata is None:
+        raise ValueError("its list of arrays is missing or damaged")
+    return named_leaves(metadata.tree)
 
 
 def _first_line(error) -> str:

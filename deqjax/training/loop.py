@@ -63,7 +63,9 @@ def train(task: Task, config: Mapping, workdir) -> TrainState:
         say(f"The run is finished: {step} of {total_steps} steps are done. Evaluating.")
 
     # Step function ---------------------------------------------------------------------------------------------------
-    update = jax.jit(step_function(task, config, program, log_every), donate_argnums=0, out_shardings=(program.shardings, None, None))
+    update = jax.jit(
+        step_function(task, config, program, log_every), donate_argnums=0, out_shardings=(program.shardings, None, None)
+    )
     schedule = learning_rate(config["optimizer"])
     seen_batches: set = set()
 

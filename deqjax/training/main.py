@@ -6,6 +6,7 @@ A user's mistake ends in one paragraph on stderr and exit status 2, never in a t
 """
 
 import errno
+import itertools
 import json
 import sys
 import textwrap
@@ -123,7 +124,7 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
 
 
 def _config_path(argv) -> str | None:
-    for arg, following in zip(argv[1:], [*argv[2:], None], strict=True):
+    for arg, following in itertools.pairwise([*argv[1:], None]):
         name, equals, value = arg.partition("=")
         if name in ("--config", "-config"):
             return value if equals else following

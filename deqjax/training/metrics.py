@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from deqjax.training.errors import UserError
+
 
 class Sums:
     """Adds up metrics of the form `{name: (sum, count)}` over batches of any size; exact, unlike a mean of means."""
@@ -62,15 +64,20 @@ class MetricWriter:
             return
         numbers = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
-        self._file.write(json.dumps({"step": int(step), **line}) + "\n")
+        try:
+            self._file.write(json.dumps({"step": int(step), **line}) + "\n")
+        except OSError as error:
+            raise UserError(f"Cannot write to {self._file.name}, so the run stops here: {error.strerror}.") from error
         if self._events is not None:
             for name, value in numbers.items():
                 self._events.add_scalar(name, value, int(step))
 
     def close(self) -> None:
         for sink in (self._file, self._events):
-            if sink is not None:
-                sink.close()
+            # A line that could not be written was reported then; closing tries once more.
+            with contextlib.suppress(OSError):
+                if sink is not None:
+                    sink.close()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -176,9 +176,7 @@ def test_every_sampled_step_is_returned_even_after_an_early_stop():
 
 def test_checking_less_often_changes_nothing_but_the_check():
     f = lambda z: 0.5 * z + 1
-    often, seldom = (
-        solve(f, jnp.zeros((2, 3)), Picard(max_steps=50, tol=1e-6, check_every=k))[0] for k in (1, 7)
-    )
+    often, seldom = (solve(f, jnp.zeros((2, 3)), Picard(max_steps=50, tol=1e-6, check_every=k))[0] for k in (1, 7))
     np.testing.assert_array_equal(often, seldom)
 
 

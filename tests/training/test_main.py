@@ -1,0 +1,69 @@
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from deqjax.training.errors import UserError
+from deqjax.training.main import run
+from deqjax.training.mesh import make_mesh
+from tests.training.tiny import TinyTask
+
+CONFIG = "--config=tests/training/tiny.py"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--config is missing"),
+        (["--config=tests/training/absent.py"], "no such file. There are: .*tiny.py"),
+        ([CONFIG, "--config.stepz=3"], 'Did you mean "steps"'),
+        ([CONFIG, "--config.optimizer.clp=3"], 'Did you mean "clip"'),
+        ([CONFIG, "--config.steps=few"], "few"),
+        ([CONFIG, "--config.steps=1.5"], "1.5"),
+        ([CONFIG, "--wrkdir=x"], "workdir"),
+        ([CONFIG, "--mode=trian"], "train"),
+        ([CONFIG, "stray"], "Stray argument 'stray'"),
+        ([CONFIG, "--config.width=0"], "width=0: must be positive"),
+        ([CONFIG, "--config.mesh.data=3"], "8 devices"),
+        ([CONFIG, "--config.optimizer.name=adm"], "did you mean 'adam'"),
+        ([CONFIG, "--mode=eval"], "no checkpoint"),
+        ([CONFIG, "--config.init_from=nowhere"], "no such file or run"),
+        ([CONFIG, "--config.resume=nowhere"], "no checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_status_2(arguments, message, tmp_path, capsys):
+    import re
+
+    directory = [] if any(arg.startswith("--w") for arg in arguments) else [f"--workdir={tmp_path}"]
+    assert run(TinyTask, ["tiny", *arguments, *directory]) == 2
+    complaint = capsys.readouterr().err
+    assert "Traceback" not in complaint and "\n\n" not in complaint
+    assert re.search(message, " ".join(complaint.split())), complaint
+
+
+def test_train_then_eval_then_a_mode_of_the_task(tmp_path, capsys):
+    common = ["tiny", CONFIG + ":wide", f"--workdir={tmp_path}", "--config.steps=4"]
+    assert run(TinyTask, common) == 0
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["steps"] == 4 and saved["width"] == 2
+    capsys.readouterr()
+    assert run(TinyTask, [*common, "--mode=eval"]) == 0
+    assert "valid: loss" in capsys.readouterr().out
+    assert run(TinyTask, [*common, "--mode", "weights"]) == 0
+    assert "weights (4, 2)" in capsys.readouterr().out
+
+
+def test_the_status_reaches_the_shell():
+    result = subprocess.run([sys.executable, "-m", "tests.training.tiny"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and result.stderr.startswith("Error: --config is missing")
+
+
+def test_one_mesh_axis_takes_what_is_left():
+    assert dict(make_mesh({"data": -1, "model": 2}).shape) == {"data": 4, "fsdp": 1, "model": 2}
+    assert dict(make_mesh(None, jax.devices()[:3]).shape) == {"data": 3, "fsdp": 1, "model": 1}
+    with pytest.raises(UserError, match="must multiply"):
+        make_mesh({"data": -1, "fsdp": -1})
+    with pytest.raises(UserError, match="cannot have batch"):
+        make_mesh({"batch": 2})

@@ -1,0 +1,80 @@
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deqjax.training.errors import UserError
+from deqjax.training.optimizer import build_optimizer, clip_by_global_norm, learning_rate, tie_updates
+
+COSINE = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 4, "max_steps": 100, "lr_min": 1e-4}
+
+
+def rates(config, steps):
+    schedule = learning_rate(config)
+    return [float(schedule(k)) for k in steps]
+
+
+def half_cosine(k):
+    return 1e-4 + (2e-3 - 1e-4) / 2 * (1 + math.cos(math.pi * k / 100))
+
+
+def test_cosine_as_in_the_deq_lm_script():
+    expected = [2e-3, 2e-3 / 4, 2e-3 * 2 / 4, 2e-3 * 3 / 4, half_cosine(4), half_cosine(50), 1e-4]
+    got = rates(COSINE | {"first_update_full_lr": True}, [0, 1, 2, 3, 4, 50, 100])
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_warm_up_by_default_starts_low_and_ends_at_the_full_rate():
+    np.testing.assert_allclose(rates(COSINE, range(5)), [5e-4, 1e-3, 1.5e-3, 2e-3, half_cosine(4)], rtol=1e-6)
+    np.testing.assert_allclose(rates({"learning_rate": 0.1}, [0, 7]), [0.1, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(rates({"learning_rate": 0.1, "warmup_steps": 2}, range(3)), [0.05, 0.1, 0.1], rtol=1e-6)
+
+
+def test_inverse_square_root_is_continuous_at_the_end_of_the_warm_up():
+    config = {"learning_rate": 1.0, "schedule": "inv_sqrt", "warmup_steps": 4, "first_update_full_lr": True}
+    np.testing.assert_allclose(rates(config, [0, 2, 4, 16]), [0, 2 / 8, 0.5, 0.25], rtol=1e-6)
+
+
+def test_clipping_is_pytorchs():
+    gradient = {"a": jnp.asarray([3.0]), "b": jnp.asarray([4.0])}
+    clipped, _ = clip_by_global_norm(1.0).update(gradient, None)
+    np.testing.assert_allclose(clipped["b"], 4 / (5 + 1e-6), rtol=1e-12)
+    untouched, _ = clip_by_global_norm(10.0).update(gradient, None)
+    assert untouched["b"] == 4.0
+
+
+def test_tied_leaves_get_the_sum_of_their_updates():
+    updates = {"a": {0: jnp.asarray([1.0])}, "b": jnp.asarray([2.0]), "c": jnp.asarray([5.0])}
+    tied, _ = tie_updates([(("a", 0), ("b",))]).update(updates, None)
+    assert (float(tied["a"][0][0]), float(tied["b"][0]), float(tied["c"][0])) == (3.0, 3.0, 5.0)
+    with pytest.raises(ValueError, match="no parameter x to tie"):
+        tie_updates([(("x",), ("b",))]).update(updates, None)
+
+
+def test_weight_decay_is_part_of_adams_gradient_as_in_pytorch():
+    config = {"name": "adam", "learning_rate": 0.1, "weight_decay": 0.5}
+    optimizer, params = build_optimizer(config), {"w": jnp.asarray([2.0])}
+    updates, _ = optimizer.update({"w": jnp.asarray([-1.0])}, optimizer.init(params), params)
+    # The decay cancels the gradient exactly; decoupled, it would not.
+    assert float(updates["w"][0]) == 0.0
+    decoupled = build_optimizer(config | {"name": "adamw"})
+    updates, _ = decoupled.update({"w": jnp.asarray([-1.0])}, decoupled.init(params), params)
+    np.testing.assert_allclose(updates["w"], 0.1 * (1 - 0.5 * 2.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "adagrad"])
+def test_every_optimizer_descends(name):
+    optimizer, x = build_optimizer({"name": name, "learning_rate": 0.05, "momentum": 0.5}), jnp.asarray([1.0, -1.0])
+    state = optimizer.init(x)
+    for _ in range(50):
+        updates, state = optimizer.update(2 * x, state, x)
+        x = optax.apply_updates(x, updates)
+    assert float(jnp.max(jnp.abs(x))) < 0.6
+
+
+@pytest.mark.parametrize("config, message", [({"name": "adm"}, "did you mean 'adam'"), ({"schedule": "cosin"}, "'cosine'")])
+def test_a_mistyped_name_is_an_error_that_names_the_right_one(config, message):
+    with pytest.raises(UserError, match=message):
+        build_optimizer({"learning_rate": 1.0} | config)
