@@ -1,0 +1,152 @@
+"""The language-model experiment, through its command line."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import pydoc
+from deqjax.training.mesh import make_mesh, place_batch
+from experiments.deq_lm import LanguageModelTask, main
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+SMALL = {
+    "data.name": "text",
+    "data.batch_size": 8,
+    "data.length": 6,
+    "data.eval_batch_size": 2,
+    "data.eval_length": 6,
+    "data.eval_mem_len": 6,
+    "model.d_model": 8,
+    "model.d_embed": 8,
+    "model.n_head": 2,
+    "model.d_head": 4,
+    "model.d_inner": 12,
+    "model.mem_len": 6,
+    "model.cutoffs": (4,),
+    "steps": 4,
+    "log_every": 1,
+    "eval_every": 2,
+    "checkpoint_every": 2,
+    "generate.n_tokens": 5,
+    "generate.prompt": "a b",
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 40), ("valid", 6), ("test", 6)):
+        lines = [" ".join(rng.choice(list("abcdefg"), 12)) for _ in range(n)]
+        (folder / f"{split}.txt").write_text("\n".join(["a b c d e f g", *lines]) + "\n")
+    return folder
+
+
+def command(workdir, corpus, *extra, **changed):
+    settings = {**SMALL, "data.dir": str(corpus), **{k.replace("__", "."): v for k, v in changed.items()}}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [
+        "deq_lm",
+        f"--config={ROOT / 'configs' / 'pydoc.py'}",
+        *flags,
+        f"--workdir={workdir}",
+        "--config.mesh.data=-1",
+        *extra,
+    ]
+
+
+def small_task(corpus, **changed):
+    config = pydoc.get_config()
+    for key, value in {**SMALL, "data.dir": str(corpus), **changed}.items():
+        config.update_from_flattened_dict({key: value})
+    return LanguageModelTask(config)
+
+
+def lines(workdir):
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if not k.startswith("time/")} for entry in entries]
+
+
+def test_trains_resumes_evaluates_and_generates(corpus, tmp_path, capsys):
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    assert main(command(unbroken, corpus)) == 0
+    assert main(command(resumed, corpus, steps=2)) == 0
+    assert main(command(resumed, corpus)) == 0
+    keep = lambda entries: [e for e in entries if not any(k.startswith("test/") for k in e)]
+    assert keep(lines(unbroken)) == keep(lines(resumed))
+    capsys.readouterr()
+    assert main(command(unbroken, corpus, "--mode=eval")) == 0
+    out = capsys.readouterr().out
+    assert "unigram model" in out and "solver steps" in out and "with up to" in out
+    assert main(command(unbroken, corpus, "--mode=generate")) == 0
+    assert len(capsys.readouterr().out.split()) >= 5
+
+
+def test_eight_devices_equal_one(corpus):
+    task = small_task(corpus)
+    model = task.model(nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    batch = task.data("train").batch(0)
+
+    def loss(params, batch):
+        model = nnx.merge(graph, params, rest, copy=True)
+        return task.loss(model, batch, jax.random.key(0), np.int32(0))[0]
+
+    run = jax.jit(jax.value_and_grad(loss))
+    results = [run(params, place_batch(make_mesh(devices=jax.devices()[:n]), batch)) for n in (1, 8)]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-6)
+
+
+def test_the_pretraining_phase_unrolls_and_then_solves(corpus):
+    task = small_task(corpus, **{"pretrain_steps": 3})
+    model = task.model(nnx.Rngs(0))
+    batch = task.data("train").batch(0)
+    steps = [float(task.loss(model, batch, jax.random.key(0), np.int32(k))[1]["forward/steps"][0]) for k in (0, 3)]
+    assert steps[0] == 0 and steps[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--config.modl.d_model=3"], "modl"),
+        (["--config.steps=many"], "steps"),
+        (["--config.deq.f_solver=andersen"], "anderson"),
+        (["--config.data.dir=/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_are_explained_in_a_paragraph(extra, message, corpus, tmp_path, capsys):
+    assert main([*command(tmp_path, corpus), *extra]) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def test_missing_wikitext_says_where_it_comes_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    argv = [
+        "deq_lm",
+        f"--config={ROOT / 'configs' / 'wt103.py'}",
+        f"--config.data.dir={tmp_path / 'w'}",
+        f"--workdir={tmp_path}",
+    ]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "wikitext" in err.lower() and "configs/pydoc.py" in err
+
+
+def test_a_checkpoint_of_another_vocabulary_or_model_is_refused(corpus, tmp_path, capsys):
+    assert main(command(tmp_path / "run", corpus, steps=2)) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    for split in ("train", "valid", "test"):
+        (other / f"{split}.txt").write_text((corpus / f"{split}.txt").read_text().replace("g", "h"))
+    capsys.readouterr()
+    assert main(command(tmp_path / "run", other)) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(command(tmp_path / "run", corpus, model__d_inner=16)) == 2
+    assert "another model" in capsys.readouterr().err
