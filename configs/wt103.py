@@ -105,6 +105,10 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.log_every = 200
     config.eval_every = 5000
     config.checkpoint_every = 1000
+    config.max_bad_steps = 20
+    config.resume = ""
+    config.init_from = ""
+    config.tensorboard = False
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "model": 1})
 
     config.generate = ml_collections.ConfigDict()

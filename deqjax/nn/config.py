@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from deqjax.core.naming import did_you_mean
+from deqjax.core.solvers import solver_class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,9 @@ class DEQConfig:
     def __post_init__(self):
         _choice("core", self.core, ("sliced", "indexing"))
         _choice("preset", self.preset, (None, "torchdeq"))
+        for solver in (self.f_solver, self.b_solver):
+            if solver != "simple_fixed_point_iter":
+                solver_class(solver)
         _choice("norm_type", self.norm_type, ("weight_norm", "spectral_norm", "none"))
 
     def step_lists(self, f_max_iter: int) -> tuple[int, ...]:
