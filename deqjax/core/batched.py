@@ -55,6 +55,7 @@ def inner(a, b):
 
 
 def subtract(a, b):
+    """`a - b`, leaf by leaf."""
     return jax.tree.map(jnp.subtract, a, b)
 
 

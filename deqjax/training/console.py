@@ -24,6 +24,7 @@ def console_line(step, total, values, speed, items) -> str:
 
 
 def shown(values: Mapping[str, float]) -> str:
+    """Metrics as `name number` on one line."""
     return " ".join(f"{name} {short(float(value))}" for name, value in values.items())
 
 

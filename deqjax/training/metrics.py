@@ -54,7 +54,7 @@ class MetricWriter:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                print('No TensorBoard events: tensorboardX is not installed (pip install "deqjax[train]").', flush=True)
+                print('No TensorBoard events: tensorboardX is not installed (pip install "deqjax[log]").', flush=True)
             else:
                 self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
 

@@ -48,5 +48,6 @@ class Solver:
 
 
 def require(condition, name, value, allowed):
+    """Raises ValueError naming the option, its value and what is allowed, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name}={value!r}: must be {allowed}.")
