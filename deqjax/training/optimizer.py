@@ -64,6 +64,34 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
+def leave_untouched(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Leaves a parameter alone whose gradient is zero in every entry: its value, its moments and its clock.
+
+    What PyTorch's optimisers do to a parameter that took no part in a step (a cluster of the vocabulary without a token in
+    the batch): its gradient is None there. Every parameter gets a state of its own, so that each has its own clock.
+
+    Args:
+      optimizer: one that treats parameters independently of each other.
+    """
+
+    def init(params):
+        return jax.tree.map(optimizer.init, params)
+
+    def update(updates, state, params=None):
+        leaves, structure = jax.tree.flatten(updates)
+        params = [None] * len(leaves) if params is None else structure.flatten_up_to(params)
+        results = []
+        for gradient, own, param in zip(leaves, structure.flatten_up_to(state), params, strict=True):
+            touched = jnp.any(gradient != 0)
+            moved, after = optimizer.update(gradient, own, param)
+            keep = lambda new, old, touched=touched: jnp.where(touched, new, old)  # noqa: E731
+            results.append((jnp.where(touched, moved, 0), jax.tree.map(keep, after, own)))
+        moved, after = zip(*results, strict=True)
+        return structure.unflatten(moved), structure.unflatten(after)
+
+    return optax.GradientTransformation(init, update)
+
+
 def tie_updates(pairs: Sequence[tuple[tuple, tuple]]) -> optax.GradientTransformation:
     """Gives both leaves of each pair the sum of their updates.
 
@@ -104,8 +132,6 @@ def build_optimizer(config: Mapping, tied: Sequence[tuple[tuple, tuple]] = ()) -
     _check("name", name, OPTIMIZERS)
     decay = float(config.get("weight_decay", 0.0))
     parts = []
-    if config.get("clip", 0.0):
-        parts.append(clip_by_global_norm(float(config["clip"])))
     if decay and name != "adamw":
         parts.append(optax.add_decayed_weights(decay))
     if name in ("adam", "adamw"):
@@ -118,10 +144,10 @@ def build_optimizer(config: Mapping, tied: Sequence[tuple[tuple, tuple]] = ()) -
         parts.append(optax.trace(config["momentum"], nesterov=config.get("nesterov", False)))
     if decay and name == "adamw":
         parts.append(optax.add_decayed_weights(decay))
-    parts.append(optax.scale_by_learning_rate(learning_rate(config)))
-    if tied:
-        parts.append(tie_updates(tied))
-    return optax.chain(*parts)
+    clip = [clip_by_global_norm(float(config["clip"]))] if config.get("clip", 0.0) else []
+    tie = [tie_updates(tied)] if tied else []
+    rate = optax.scale_by_learning_rate(learning_rate(config))
+    return optax.chain(*clip, leave_untouched(optax.chain(*parts)), rate, *tie)
 
 
 def _check(setting, value, known):

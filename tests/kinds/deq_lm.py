@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 
 from deqjax.data.text import OrderedBatches, TextCorpus
@@ -380,10 +379,6 @@ def check_train_tied(case: Case, sub=None):
             ]
             tied = list(zip(paths[::2], paths[1::2], strict=True))
         models, (losses, norms, _, _), memory = train(lm, batch, c["steps"], settings, tied)
-        close(losses[:2], case[f"{tying}/loss"][:2], what=f"first {tying} losses")
-        close(norms[:2], case[f"{tying}/grad_norm_preclip"][:2], what=f"first {tying} gradient norms")
-        if np.abs(losses - case[f"{tying}/loss"]).max() > 1e-8 * losses.max():
-            pytest.xfail("from the third step on the losses differ by up to 1e-4; the cause is not found yet")
         close(losses, case[f"{tying}/loss"], what=f"{tying} losses")
         close(norms, case[f"{tying}/grad_norm_preclip"], rtol=1e-7, what=f"{tying} gradient norms")
         close(memory_rows(memory)[0], case[f"{tying}/mem_z"], rtol=1e-7, what=f"{tying} memory z")

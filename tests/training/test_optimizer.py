@@ -53,6 +53,27 @@ def test_tied_leaves_get_the_sum_of_their_updates():
         tie_updates([(("x",), ("b",))]).update(updates, None)
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_a_parameter_without_a_gradient_is_left_alone(name):
+    """Its moments and its clock too: what follows is as if the step had not been, for it alone."""
+    settings = {"name": name, "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    optimizer, params = build_optimizer(settings), {"a": jnp.asarray([1.0, 2.0]), "b": jnp.asarray([1.0, 2.0])}
+    seen, unseen = jnp.asarray([0.0, 0.5]), jnp.zeros(2)
+
+    def run(gradients):
+        state, current = optimizer.init(params), params
+        for gradient in gradients:
+            updates, state = optimizer.update(gradient, state, current)
+            current = optax.apply_updates(current, updates)
+        return current
+
+    skipped = run([{"a": seen, "b": seen}, {"a": seen, "b": unseen}, {"a": seen, "b": 3 * seen}])
+    without = run([{"a": seen, "b": seen}, {"a": seen, "b": 3 * seen}])
+    np.testing.assert_array_equal(skipped["b"], without["b"])
+    always = run([{"a": seen, "b": seen}] * 3)
+    np.testing.assert_array_equal(skipped["a"], always["a"])
+
+
 def test_weight_decay_is_part_of_adams_gradient_as_in_pytorch():
     config = {"name": "adam", "learning_rate": 0.1, "weight_decay": 0.5}
     optimizer, params = build_optimizer(config), {"w": jnp.asarray([2.0])}
