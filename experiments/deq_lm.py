@@ -17,6 +17,7 @@ from deqjax.data.pydoc import pydoc
 from deqjax.data.text import OrderedBatches, TextCorpus, unigram_perplexity
 from deqjax.data.wikitext import wikitext103
 from deqjax.models.transformer import DEQTransformer, Memory, TransformerConfig
+from deqjax.models.transformer.adaptive import twice_held_projections
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.variables import BatchVariable
 
@@ -55,6 +56,7 @@ class LanguageModelTask:
             n_tokens=len(self.corpus.vocab), **{**config.model, "cutoffs": tuple(config.model.cutoffs)}
         )
         self.fingerprint = self.corpus.vocab.fingerprint()
+        self.tied_updates = [[("lm", *path) for path in group] for group in twice_held_projections(self.architecture)]
 
     def model(self, rngs: nnx.Rngs) -> StreamingModel:
         return StreamingModel(DEQTransformer(self.architecture, self.deq, rngs), self.config.data.batch_size)

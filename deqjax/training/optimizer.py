@@ -92,35 +92,32 @@ def leave_untouched(optimizer: optax.GradientTransformation) -> optax.GradientTr
     return optax.GradientTransformation(init, update)
 
 
-def tie_updates(pairs: Sequence[tuple[tuple, tuple]]) -> optax.GradientTransformation:
-    """Gives both leaves of each pair the sum of their updates.
+def tie_updates(groups: Sequence[Sequence[tuple[str, ...]]]) -> optax.GradientTransformation:
+    """Gives all leaves of a group the sum of their updates.
 
-    What an optimiser does to one tensor that it holds twice, as the original does to tied projections. Comes after the
-    optimiser proper.
+    What an optimiser does to one tensor that it holds under several names, as the original does to tied projections.
+    Comes after the optimiser proper.
 
     Args:
-      pairs: paths of leaves, e.g. `(("embed", "proj_0"), ("head", "proj_0"))`.
+      groups: paths of leaves, e.g. `[(("embed", "proj_0"), ("head", "proj_0"))]`.
+
+    Raises:
+      ValueError: no parameter has such a path.
     """
-    partner = {}
-    for first, second in pairs:
-        first, second = tuple(map(str, first)), tuple(map(str, second))
-        partner |= {first: second, second: first}
 
     def update(updates, state, params=None):
         by_path = {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]}
-        if missing := [path for path in partner if path not in by_path]:
-            raise ValueError(f"no parameter {'/'.join(missing[0])} to tie; there are {', '.join(map('/'.join, by_path))}.")
-
-        def summed(path, leaf):
-            other = partner.get(leaf_path(path))
-            return leaf if other is None else leaf + by_path[other]
-
-        return jax.tree_util.tree_map_with_path(summed, updates), state
+        totals = {}
+        for group in groups:
+            if missing := [path for path in group if tuple(path) not in by_path]:
+                raise ValueError(f"no parameter {'/'.join(missing[0])} to tie; there are {', '.join(map('/'.join, by_path))}.")
+            totals |= dict.fromkeys(map(tuple, group), sum(by_path[tuple(path)] for path in group))
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: totals.get(leaf_path(path), leaf), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update)
 
 
-def build_optimizer(config: Mapping, tied: Sequence[tuple[tuple, tuple]] = ()) -> optax.GradientTransformation:
+def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] = ()) -> optax.GradientTransformation:
     """The optimiser of `config.optimizer`.
 
     Args:

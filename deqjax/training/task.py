@@ -22,7 +22,7 @@ class Task(Protocol):
       name: goes into the checkpoint; the class's name by default.
       fingerprint: anything JSON that must be equal for a checkpoint to be resumed, such as a vocabulary's hash.
       items_per_step: `(unit, number)`, e.g. `("tokens", 9000)`, for the speed on the console.
-      tied_updates: pairs of parameter paths, see `deqjax.training.optimizer.tie_updates`.
+      tied_updates: groups of parameter paths, see `deqjax.training.optimizer.tie_updates`.
       import_checkpoint(path, model): puts published weights of another format into the model; `config.init_from` passes
         files to it.
       show(model, workdir): pictures, after the final evaluation.

@@ -52,6 +52,20 @@ class AdaptiveEmbedding(nnx.Module):
         return rows @ self.projections[i][...].T if self.projections else rows
 
 
+def twice_held_projections(config: TransformerConfig) -> list[list[tuple[str, ...]]]:
+    """With `tie_projections="upstream"`, the paths within the model of those parameters that are one tensor in the originals.
+
+    Tail i reads through the embedding's projection i, or through its only one when all clusters are equally wide.
+    """
+    tails = range(1, len(config.cutoffs) + 1)
+    if config.tie_projections != "upstream" or not config.has_projections:
+        return []
+    embedding, softmax = (lambda i, owner=owner: (owner, "projections", str(i)) for owner in ("embedding", "softmax"))
+    if config.div_val == 1:
+        return [[embedding(0), *map(softmax, tails)]] if tails else []
+    return [[embedding(i), softmax(i)] for i in tails]
+
+
 class AdaptiveSoftmax(nnx.Module):
     """Log-probabilities of tokens given hidden states `[B, L, D]`.
 
