@@ -56,6 +56,7 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.model.mem_len = 150
     config.model.dropout = 0.05
     config.model.dropatt = 0.0
+    config.model.dtype = "float32"  # "bfloat16" computes the solve in half the memory
     config.model.init = "normal"
     config.model.init_std = 0.01
     config.model.proj_init_std = 0.01
@@ -108,6 +109,7 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.max_bad_steps = 20
     config.resume = ""
     config.init_from = ""
+    config.export_path = "deq_lm.safetensors"
     config.tensorboard = False
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "model": 1})
 

@@ -3,7 +3,8 @@
     python -m experiments.deq_lm --config configs/pydoc.py
     python -m experiments.deq_lm --config configs/wt103.py --mode eval
 
-Modes: train (and resume), eval (validation and test perplexity), generate (a continuation of `config.generate.prompt`).
+Modes: train (and resume), eval (validation and test perplexity), generate (a continuation of `config.generate.prompt`),
+export (the weights as a PyTorch state dict, to `config.export_path`). `config.init_from` takes another run or such a file.
 """
 
 import sys
@@ -13,13 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deqjax.core.stats import SolverStats
 from deqjax.data.pydoc import pydoc
 from deqjax.data.text import OrderedBatches, TextCorpus, unigram_perplexity
 from deqjax.data.wikitext import wikitext103
+from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
+from deqjax.interop.transformer import export_transformer, load_transformer
 from deqjax.models.transformer import DEQTransformer, Memory, TransformerConfig
 from deqjax.models.transformer.adaptive import twice_held_projections
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.variables import BatchVariable
+from deqjax.training.mesh import make_mesh, place_whole
+from deqjax.training.metrics import Sums
 
 CORPORA = {"wt103": wikitext103, "pydoc": pydoc, "text": TextCorpus.load}
 
@@ -44,7 +50,7 @@ class LanguageModelTask:
     """What the training loop needs to know about language modelling."""
 
     name = "deq_lm"
-    modes = ("train", "eval", "generate")
+    modes = ("train", "eval", "generate", "export")
 
     def __init__(self, config):
         self.config = config
@@ -52,9 +58,9 @@ class LanguageModelTask:
             raise ValueError(f"data.name={config.data.name!r}: must be one of {', '.join(CORPORA)}.")
         self.corpus = CORPORA[config.data.name](config.data.dir)
         self.deq = DEQConfig.from_config(config.deq)
-        self.architecture = TransformerConfig(
-            n_tokens=len(self.corpus.vocab), **{**config.model, "cutoffs": tuple(config.model.cutoffs)}
-        )
+        self.architecture = TransformerConfig(n_tokens=len(self.corpus.vocab), **config.model)
+        self._evaluate_segment = jax.jit(self._segment, static_argnums=(0, 1))
+        self.items_per_step = ("tokens", config.data.batch_size * config.data.length)
         self.fingerprint = self.corpus.vocab.fingerprint()
         self.tied_updates = [[("lm", *path) for path in group] for group in twice_held_projections(self.architecture)]
 
@@ -71,6 +77,16 @@ class LanguageModelTask:
             )
         return OrderedBatches(getattr(self.corpus, split), data.eval_batch_size, data.eval_length)
 
+    def import_checkpoint(self, path: str, model: StreamingModel) -> None:
+        """Published weights: a `.pth`, `.pt` or `.safetensors` state dict."""
+        load_transformer(model.lm, read_checkpoint(path))
+
+    def export(self, model: StreamingModel) -> str:
+        """Writes the weights under the originals' names; `.safetensors`, or `.pth` with PyTorch installed."""
+        state_dict = export_transformer(model.lm)
+        write_checkpoint(self.config.export_path, state_dict)
+        return f"Wrote {len(state_dict)} tensors to {self.config.export_path}."
+
     # Training --------------------------------------------------------------------------------------------------------
 
     def loss(self, model: StreamingModel, batch, key, step):
@@ -81,11 +97,10 @@ class LanguageModelTask:
         masks = lm.sample_masks(key_masks, *tokens.shape, memory.z.shape[1])
 
         def run(lm, unroll=None):
-            z_init = _last_segment(memory, tokens.shape[1]) if self.config.warm_start else None
-            out = lm(tokens, memory, train=True, masks=masks, z_init=z_init, unroll=unroll)
+            out = lm(tokens, memory, train=True, masks=masks, z_init=self._start(memory, tokens), unroll=unroll)
             nll = jnp.mean(lm.nll(out.states, targets, masks))
             jacobian = self._jacobian_term(lm, out, key_probe, key_choice, step) if unroll is None else jnp.zeros(())
-            return nll, jacobian, out.memory, out.stats.sums()
+            return nll, jacobian, out.memory, _vitals(out.stats)
 
         if self.config.pretrain_steps > 0:
             graph, state = nnx.split(lm)
@@ -99,11 +114,13 @@ class LanguageModelTask:
             nll, jacobian, memory, vitals = run(lm)
         model.remember(memory)
 
-        n = vitals.pop("samples")
-        metrics = {f"forward/{name}": (value, n) for name, value in vitals.items()}
-        metrics["loss"] = (nll * tokens.size, jnp.asarray(tokens.size, nll.dtype))
-        metrics["jacobian"] = (jacobian, jnp.ones_like(jacobian))
+        size = jnp.asarray(tokens.size, nll.dtype)
+        metrics = {"loss": (nll * size, size), "jacobian": (jacobian, jnp.ones_like(jacobian)), **vitals}
         return nll + jacobian, metrics
+
+    def _start(self, memory: Memory, tokens):
+        """Where a segment's solve begins: the last segment's states if so configured, else zeros."""
+        return _last_segment(memory, tokens.shape[1]) if self.config.warm_start else None
 
     def _jacobian_term(self, lm, out, key_probe, key_choice, step):
         """Weighted Jacobian loss, present with the configured probability."""
@@ -119,39 +136,29 @@ class LanguageModelTask:
 
     def evaluate(self, model: StreamingModel, split: str = "valid", solver_options: dict | None = None) -> dict[str, float]:
         """Token-weighted mean nll over a split, with the memory carried through it; and how the solves went."""
-        batches, config = self.data(split), self.config.data
+        batches, config, mesh = self.data(split), self.config.data, make_mesh(self.config.get("mesh"))
         graph, state = nnx.split(model.lm)
         memory = Memory.empty(config.eval_batch_size, config.eval_mem_len, self.architecture.d_model)
-        segment = self._eval_segment(graph, tuple(sorted((solver_options or {}).items())))
-        totals: dict[str, float] = {}
+        memory = Memory(**place_whole(mesh, memory._asdict()))
+        options, results = tuple(sorted((solver_options or {}).items())), []
         for k in range(batches.n_segments):
-            batch = batches.batch(k)
-            sums, memory = segment(state, memory, batch["tokens"], batch["targets"])
-            for name, value in sums.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        loss = totals["nll"] / totals["tokens"]
-        report = {"loss": loss, "perplexity": float(np.exp(loss))}
-        vitals = ("abs", "rel", "steps", "converged", "non_finite")
-        return report | {f"forward/{name}": totals[name] / totals["samples"] for name in vitals}
+            batch = place_whole(mesh, batches.batch(k))
+            metrics, memory = self._evaluate_segment(graph, options, state, memory, batch["tokens"], batch["targets"])
+            results.append(metrics)
+        # Fetched at the end, so that no segment waits for the host.
+        sums = Sums()
+        for metrics in results:
+            sums.add(metrics)
+        report = sums.means()
+        return {"loss": report["loss"], "perplexity": float(np.exp(report["loss"]))} | report
 
-    def _eval_segment(self, graph, solver_options):
-        """The jitted evaluation of one segment; kept, so that a run compiles it once."""
-        cache = self.__dict__.setdefault("_compiled", {})
-        key = (self.config.data.eval_mem_len, solver_options)
-        if key not in cache:
-            capacity = self.config.data.eval_mem_len
-
-            @jax.jit
-            def segment(state, memory, tokens, targets):
-                lm = nnx.merge(graph, state)
-                z_init = _last_segment(memory, tokens.shape[1]) if self.config.warm_start else None
-                out = lm(tokens, memory, z_init=z_init, solver_options=dict(solver_options))
-                sums = {"nll": jnp.sum(lm.nll(out.states, targets)), "tokens": jnp.asarray(targets.size, jnp.float32)}
-                memory = memory.append(out.states[-1], out.injection.u, capacity)
-                return sums | out.stats.sums(), memory
-
-            cache[key] = segment
-        return cache[key]
+    def _segment(self, graph, solver_options, state, memory: Memory, tokens, targets):
+        """Metrics of one segment, and the memory for the next."""
+        lm = nnx.merge(graph, state)
+        out = lm(tokens, memory, z_init=self._start(memory, tokens), solver_options=dict(solver_options))
+        nll = jnp.sum(lm.nll(out.states, targets))
+        metrics = {"loss": (nll, jnp.asarray(targets.size, nll.dtype)), **_vitals(out.stats)}
+        return metrics, memory.append(out.states[-1], out.injection.u, self.config.data.eval_mem_len)
 
     def report(self, model: StreamingModel) -> None:
         """Prints perplexities beside a unigram model's, and again with twice the solver steps."""
@@ -204,6 +211,13 @@ class LanguageModelTask:
             if n + 1 >= len(tokens):
                 tokens.append(int(token))
         return self.corpus.vocab.decode(tokens[1:]).replace(" <eos> ", "\n").replace("<eos>", "\n")
+
+
+def _vitals(stats: SolverStats) -> dict:
+    """How a solve went, as metrics."""
+    sums = stats.sums()
+    samples = sums.pop("samples")
+    return {f"forward/{name}": (value, samples) for name, value in sums.items()}
 
 
 def _last_segment(memory: Memory, length: int):

@@ -14,7 +14,7 @@ ALLOWED = {
     "deqjax.core": {"deqjax.core"},
     "deqjax.nn": {"deqjax.core", "deqjax.nn"},
     "deqjax.models": {"deqjax.core", "deqjax.nn", "deqjax.models"},
-    "deqjax.interop": {"deqjax.core", "deqjax.nn", "deqjax.models", "deqjax.interop"},
+    "deqjax.interop": {"deqjax.core", "deqjax.nn", "deqjax.models", "deqjax.interop", "deqjax.data.errors"},
     "deqjax.data": {"deqjax.data"},
     "deqjax.training": {"deqjax.core", "deqjax.nn.variables", "deqjax.training", "deqjax.data.errors"},
     "configs": {"configs"},

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deqjax.data.errors import DataError
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -32,7 +34,7 @@ class Entry:
     layout: Layout = SAME
 
 
-class StateDictError(ValueError):
+class StateDictError(DataError):
     """A state dict that does not fit the model, with every offending key in the message."""
 
 
@@ -66,7 +68,7 @@ def load_entries(entries: Sequence[Entry], state_dict: Mapping[str, np.ndarray],
         if not np.array_equal(known[2], value):
             problems.append(f"tied weights differ: {known[0]} and {key}")
     if problems:
-        raise StateDictError("the state dict does not fit this model:\n  " + "\n  ".join(problems))
+        raise StateDictError(f"the state dict does not fit this model: {'; '.join(problems)}.")
     for _, variable, value in arrays.values():
         variable[...] = jnp.asarray(value, variable[...].dtype)
 

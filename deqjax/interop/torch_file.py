@@ -5,6 +5,7 @@ view them. The pickle is read by an unpickler that knows the few constructors of
 """
 
 import collections
+import os
 import pathlib
 import pickle
 import zipfile
@@ -12,10 +13,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from deqjax.data.errors import DataError
+
 _EXTRA = 'pip install "deqjax[{}]"'
 
 
-class CheckpointFileError(ValueError):
+class CheckpointFileError(DataError):
     """A file that is not a checkpoint, or not one that can be read safely."""
 
 
@@ -63,13 +66,28 @@ def read_checkpoint(path) -> dict[str, np.ndarray]:
 
 
 def write_checkpoint(path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict as `.safetensors` or, with PyTorch installed, as `.pt` / `.pth`."""
+    """Writes a state dict as `.safetensors` or, with PyTorch installed, as `.pt` / `.pth`; all of it or nothing.
+
+    Raises:
+      CheckpointFileError: another ending, a package is not installed, or the file cannot be written.
+    """
     path = pathlib.Path(path)
-    if path.suffix == ".safetensors":
-        _import("safetensors.numpy", "interop").save_file({k: np.ascontiguousarray(v) for k, v in state_dict.items()}, path)
-        return
-    torch = _import("torch", "torch")
-    torch.save({key: torch.from_numpy(np.array(value)) for key, value in state_dict.items()}, path)
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise CheckpointFileError(f"{path}: a checkpoint file ends in .safetensors, .pt or .pth.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            arrays = {key: np.ascontiguousarray(value) for key, value in state_dict.items()}
+            temporary.write_bytes(_import("safetensors.numpy", "interop").save(arrays))
+        else:
+            torch = _import("torch", "torch")
+            torch.save({key: torch.from_numpy(np.array(value)) for key, value in state_dict.items()}, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        raise CheckpointFileError(f"{path} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flat(content, path):

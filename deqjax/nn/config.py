@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
+from flax.core import FrozenDict
+
 from deqjax.core.naming import did_you_mean
 from deqjax.core.solvers import solver_class
 
@@ -82,6 +84,12 @@ class DEQConfig:
         return cls(**{key: config[key] for key in config})
 
     def __post_init__(self):
+        # Hashable, so that a module that holds a config can be a static argument of `jit`.
+        for name in ("f_options", "b_options"):
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
+        for name in ("grad", "sup_loc", "indexing"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
         _choice("core", self.core, ("sliced", "indexing"))
         _choice("preset", self.preset, (None, "torchdeq"))
         for solver in (self.f_solver, self.b_solver):
@@ -105,7 +113,7 @@ class DEQConfig:
 
     def phantom_steps(self, n_states: int) -> tuple[int, ...]:
         """`grad` for each of the supervised states."""
-        steps = (self.grad,) if isinstance(self.grad, int) else tuple(self.grad)
+        steps = (self.grad,) if isinstance(self.grad, int) else self.grad
         if len(steps) == 1:
             return steps * n_states
         if len(steps) != n_states:

@@ -74,6 +74,18 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
     return {name: place(name, array) for name, array in batch.items()}
 
 
+def place_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch that every process holds whole, as in evaluation: split on axis 0 where that is even, else on every device."""
+
+    def place(array):
+        array = np.asarray(array)
+        even = array.ndim and array.shape[0] % batch_devices(mesh) == 0
+        sharding = batch_sharding(mesh) if even else replicated(mesh)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return {name: place(array) for name, array in batch.items()}
+
+
 def state_shardings(mesh: Mesh, tree):
     """Where a train state lives: a `BatchVariable` like the batch, all else on every device.
 

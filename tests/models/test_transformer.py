@@ -145,19 +145,35 @@ def test_the_bounded_pre_norm_cell_has_a_fixed_point_and_the_plain_one_has_none(
 
 def test_the_published_recipe_has_the_published_size():
     from configs import wt103
-    from experiments.deq_lm import DEQConfig as Settings
 
-    # Distinct stored numbers; for deq-seq only the size of f is known without counting tied tensors twice.
-    for variant, whole, cell in (("lm", 97_571_288, None), ("seq_ift", None, 69_753_000)):
+    # The originals count the 159,600 numbers of the tied projections twice: 97,730,888 and 97,851,488.
+    for variant, whole, cell in (("lm", 97_571_288, None), ("seq_ift", 97_691_888, 69_753_000)):
         config = wt103.get_config(variant)
-        model = {**config.model, "cutoffs": tuple(config.model.cutoffs)}
-        architecture = TransformerConfig(n_tokens=267_735, **model)
-        lm = nnx.eval_shape(lambda a=architecture, d=config.deq: DEQTransformer(a, Settings.from_config(d), nnx.Rngs(0)))
+        architecture = TransformerConfig(n_tokens=267_735, **config.model)
+        lm = nnx.eval_shape(lambda a=architecture, d=config.deq: DEQTransformer(a, DEQConfig.from_config(d), nnx.Rngs(0)))
         count = lambda module: sum(x.size for x in jax.tree.leaves(nnx.split(module, nnx.Param, ...)[1]))
-        if whole is not None:
-            assert count(lm) == whole
-        else:
-            assert count(lm.cell) == cell
+        assert count(lm) == whole
+        assert cell is None or count(lm.cell) == cell
+
+
+def test_a_solve_in_bfloat16_is_close_to_one_in_float32():
+    def value_and_grad(dtype):
+        graph, params, rest = nnx.split(build(dict(f_max_iter=2, grad=6), dtype=dtype, init_std=0.3), nnx.Param, ...)
+
+        def loss(params):
+            lm, tokens = nnx.merge(graph, params, rest), tokens_of()
+            out = lm(tokens, Memory.empty(2, 4, 8), train=True)
+            return jnp.mean(lm.nll(out.states, tokens)), out
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    with jax.enable_x64(False):
+        ((low, out), gradient), ((high, _), expected) = map(value_and_grad, ("bfloat16", "float32"))
+    assert out.states[-1].dtype == jnp.bfloat16 and out.injection.blocks[0].inner.kernel.dtype == jnp.bfloat16
+    assert out.stats.rel_lowest.dtype == out.memory.z.dtype == low.dtype == jnp.float32
+    np.testing.assert_allclose(low, high, rtol=0.02)
+    difference = jax.tree.map(lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(b), gradient, expected)
+    assert max(map(float, jax.tree.leaves(difference))) < 0.1
 
 
 def test_wrong_sizes_are_explained():

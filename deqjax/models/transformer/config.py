@@ -30,6 +30,8 @@ class TransformerConfig:
       local_size: attention window; 0 is the originals' 1000, None is unlimited.
       dropout, dropatt: rates of the feature and the attention dropout.
       position_dropout: "features", or "positions" as deq-seq has it; None takes the recipe's.
+      dtype: of states and weights inside the solve, e.g. "bfloat16"; None is the parameters' own. Norms' statistics,
+        attention probabilities, residuals, the softmax and the memory stay in float32.
       init: "normal" or "uniform", with `init_std`, `proj_init_std`, `init_range`.
     """
 
@@ -51,17 +53,20 @@ class TransformerConfig:
     dropout: float = 0.0
     dropatt: float = 0.0
     position_dropout: str | None = None
+    dtype: str | None = None
     init: str = "normal"
     init_std: float = 0.01
     proj_init_std: float = 0.01
     init_range: float = 0.05
 
     def __post_init__(self):
+        object.__setattr__(self, "cutoffs", tuple(self.cutoffs))
         for name, allowed in (
             ("recipe", ("deq-lm", "deq-seq")),
             ("norm", ("pre", "pre_bounded", "post")),
             ("tie_projections", ("shared", "upstream", "none")),
             ("position_dropout", (None, "features", "positions")),
+            ("dtype", (None, "float32", "bfloat16")),
             ("init", ("normal", "uniform")),
         ):
             if getattr(self, name) not in allowed:

@@ -76,7 +76,11 @@ class DEQTransformer(nnx.Module):
         """Tokens `[B, L]` and memory to the injection: all of f that does not depend on z."""
         masks = masks if masks is not None else self.sample_masks(None, *tokens.shape, memory.z.shape[1])
         u = self.injection(apply_mask(self.embedding(tokens), masks.embedding))
-        return self.cell.context(u, memory, masks.position, masks.blocks, train)
+        injection = self.cell.context(u, memory, masks.position, masks.blocks, train)
+        if self.config.dtype is None:
+            return injection
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
+        return jax.tree.map(lambda x: x.astype(self.config.dtype) if is_float(x) else x, injection)
 
     def sample_masks(self, key, batch: int, length: int, memory_rows: int) -> Masks:
         """Masks for one forward pass; all None without a key, that is in evaluation."""
@@ -127,7 +131,9 @@ class DEQTransformer(nnx.Module):
         """
         injection = self.encode(tokens, memory, masks, train=train)
         f = lambda z: self.cell(z, injection)  # noqa: E731
-        z_init = jnp.zeros((*tokens.shape, self.config.d_model), injection.u.dtype) if z_init is None else z_init
+        if z_init is None:
+            z_init = jnp.zeros((*tokens.shape, self.config.d_model))
+        z_init = z_init.astype(injection.u.dtype)
         if unroll is not None:
             z, _ = jax.lax.scan(lambda z, _: (f(z), None), z_init, length=unroll)
             states, stats = (z,), _monitor(f, z)
