@@ -52,11 +52,17 @@ class LanguageModelTask:
     name = "deq_lm"
     modes = ("train", "eval", "generate", "export")
 
-    def __init__(self, config):
+    def __init__(self, config, corpus: TextCorpus | None = None):
+        """Reads the corpus that the config names, unless one is given.
+
+        Raises:
+          DataError: the corpus is missing or damaged.
+          ValueError: a setting is wrong.
+        """
         self.config = config
         if config.data.name not in CORPORA:
             raise ValueError(f"data.name={config.data.name!r}: must be one of {', '.join(CORPORA)}.")
-        self.corpus = CORPORA[config.data.name](config.data.dir)
+        self.corpus = CORPORA[config.data.name](config.data.dir) if corpus is None else corpus
         self.deq = DEQConfig.from_config(config.deq)
         self.architecture = TransformerConfig(n_tokens=len(self.corpus.vocab), **config.model)
         self._evaluate_segment = jax.jit(self._segment, static_argnums=(0, 1))

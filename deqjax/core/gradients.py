@@ -121,7 +121,11 @@ class Phantom(Gradient):
     remat: bool = False
 
     def attach(self, f, z_hat, probe=None):
-        step = damped(jax.checkpoint(f) if self.remat else f, self.damping)
+        if self.remat:
+            # Inside a scan nothing could undo the recomputation, so its guard is left out there.
+            again = jax.checkpoint(f.function, prevent_cse=self.steps == 1)
+            f = Hoisted(again, f.constants)
+        step = damped(f, self.damping)
         wanted = self._supervised()
         if wanted == (1,):
             return (step(z_hat),)

@@ -8,6 +8,7 @@ A user's mistake ends in one paragraph on stderr and exit status 2, never in a t
 import errno
 import itertools
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -158,4 +159,6 @@ def _write_config(config, workdir: Path) -> None:
 
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2, default=str) + "\n")
+        text = json.dumps(config.to_dict(), indent=2, default=str) + "\n"
+        (workdir / "config.json.tmp").write_text(text)
+        os.replace(workdir / "config.json.tmp", workdir / "config.json")

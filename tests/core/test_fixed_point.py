@@ -68,6 +68,21 @@ def test_one_step_is_the_first_phantom_step(problem):
     np.testing.assert_array_equal(jax.grad(loss)(problem[0], OneStep()), jax.grad(loss)(problem[0], Phantom(steps=1)))
 
 
+@pytest.mark.parametrize("rule", [Phantom(steps=1), Phantom(steps=5), Phantom(steps=6, sample_every=2), Unrolled()], ids=repr)
+def test_recomputing_activations_changes_no_gradient(rule, problem):
+    def gradient(rule):
+        solver = Anderson(max_steps=8)
+
+        def loss(W):
+            states = fixed_point(cell, jnp.zeros_like(problem[1]), W, problem[1], solver=solver, gradient=rule).states
+            return sum(jnp.sum(z**2) for z in states)
+
+        return jax.jit(jax.grad(loss))(problem[0])
+
+    again = dataclasses.replace(rule, remat=True)
+    np.testing.assert_allclose(gradient(again), gradient(rule), rtol=1e-12)
+
+
 def test_second_derivatives_through_the_implicit_rule(problem):
     W, x = problem
 

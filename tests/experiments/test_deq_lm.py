@@ -1,7 +1,13 @@
 """The language-model experiment, through its command line."""
 
 import json
+import os
 import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -9,7 +15,9 @@ import pytest
 from flax import nnx
 
 from configs import pydoc
+from deqjax.training.checkpoint import committed_steps, load_arrays
 from deqjax.training.mesh import make_mesh, place_batch
+from deqjax.training.state import named_leaves
 from experiments.deq_lm import LanguageModelTask, main
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -85,6 +93,77 @@ def test_trains_resumes_evaluates_and_generates(corpus, tmp_path, capsys):
     assert "unigram model" in out and "solver steps" in out and "with up to" in out
     assert main(command(unbroken, corpus, "--mode=generate")) == 0
     assert len(capsys.readouterr().out.split()) >= 5
+
+
+def weights(workdir):
+    return {path: array for path, array in named_leaves(load_arrays(workdir, lambda path: path[0] != "best")).items()}
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_like_an_unbroken_one(corpus, tmp_path):
+    """Through the command line, in processes of their own, with SIGKILL: metrics and weights agree bit for bit."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    settings = {"steps": 14, "checkpoint_every": 1, "eval_every": 4, "log_every": 3}
+
+    def start(workdir):
+        arguments = command(workdir, corpus, **settings)[1:]
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.deq_lm", *arguments], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        )
+
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert start(unbroken).wait() == 0
+    random, hits = np.random.default_rng(1), 0
+    for at_least in (1, 4, 7, 10):
+        process = start(killed)
+        while process.poll() is None and (committed_steps(killed) or [0])[-1] < at_least:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.2))
+        process.kill()
+        hits += process.wait() == -signal.SIGKILL
+    assert hits >= 3
+    assert start(killed).wait() == 0
+    assert lines(killed) == lines(unbroken)
+    ours, expected = weights(killed), weights(unbroken)
+    assert ours.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(ours[path], array, err_msg="/".join(path))
+
+
+def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(corpus, tmp_path, capsys):
+    assert main(command(tmp_path, corpus, steps=2)) == 0
+    before = weights(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A limit on the size of files makes real writes fail in the middle.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        assert main(command(tmp_path, corpus)) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    err = " ".join(capsys.readouterr().err.split())
+    assert "so the run stops here" in err and "Traceback" not in err
+    for path, array in weights(tmp_path).items():
+        np.testing.assert_array_equal(array, before[path], err_msg="/".join(path))
+    assert main(command(tmp_path, corpus)) == 0
+
+
+def test_a_published_checkpoint_starts_a_run_and_a_run_exports_one(corpus, tmp_path, capsys):
+    run, file = tmp_path / "run", tmp_path / "lm.safetensors"
+    assert main(command(run, corpus, steps=2)) == 0
+    assert main(command(run, corpus, "--mode=export", export_path=file)) == 0
+    capsys.readouterr()
+    assert main(command(run, corpus, "--mode=eval")) == 0
+    expected = capsys.readouterr().out
+    assert main(command(tmp_path / "other", corpus, "--mode=eval", init_from=file)) == 0
+    # The best weights were those of the last step, so nothing but the report differs.
+    assert [line for line in capsys.readouterr().out.splitlines() if "perplexity" in line] == [
+        line for line in expected.splitlines() if "perplexity" in line
+    ]
+    assert main(command(tmp_path / "other", corpus, "--mode=eval", init_from=file, model__d_inner=16)) == 2
+    assert "wrong shape: func.pos_ff.ff1_net.weight_v is (12, 8), the model needs (16, 8)" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_eight_devices_equal_one(corpus):
