@@ -77,13 +77,13 @@ def main():
     parser.add_argument("--config", default="configs/wt103.py", help="FILE.py or FILE.py:variant")
     parser.add_argument("--batch", type=int, default=1, help="streams in all")
     parser.add_argument("--length", type=int, default=150, help="positions per segment")
-    parser.add_argument("--dtype", default="float32", help="of the solve")
+    parser.add_argument("--dtype", help="of the solve, e.g. bfloat16")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
     config = load_config(options.config)
     config.data.batch_size, config.data.length, config.model.dtype = options.batch, options.length, options.dtype
     device = jax.devices()[0]
-    print(f"{options.config}, batch {options.batch} x {options.length}, {options.dtype}, on {device.device_kind}")
+    print(f"{options.config}, batch {options.batch} x {options.length}, {options.dtype or 'float32'}, on {device.device_kind}")
     result = measure(config, options.steps)
     print(
         f"parameters {result['parameters']:,} | compiled in {result['compile_s']:.1f} s | {result['step_s']:.2f} s per step "

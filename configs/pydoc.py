@@ -38,16 +38,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deq.f_max_iter = 24
     config.deq.b_max_iter = 24
     config.deq.eval_f_max_iter = 40
-    config.deq.jac_loss_weight = 0.3
+    config.deq.jac_loss_weight = 0.1
     config.deq.jac_loss_freq = 0.3
 
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.clip = 1.0
-    config.optimizer.warmup_steps = 50
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
     config.optimizer.first_update_full_lr = False
-    config.steps = config.optimizer.max_steps = 500
-    config.log_every = 20
-    config.eval_every = 100
+    config.steps = config.optimizer.max_steps = 2000
+    config.log_every = 50
+    config.eval_every = 250
     config.checkpoint_every = 50
 
     config.generate.prompt = "The following"

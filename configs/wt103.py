@@ -17,6 +17,7 @@ for deq-lm. Not reproduced here yet.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 VARIANTS = ("lm", "seq_ift", "seq_ift_jr", "mem480")
 
@@ -56,7 +57,7 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.model.mem_len = 150
     config.model.dropout = 0.05
     config.model.dropatt = 0.0
-    config.model.dtype = "float32"  # "bfloat16" computes the solve in half the memory
+    config.model.dtype = config_dict.placeholder(str)  # "bfloat16": the solve in half the memory
     config.model.init = "normal"
     config.model.init_std = 0.01
     config.model.proj_init_std = 0.01

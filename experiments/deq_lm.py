@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deqjax.core import batched
 from deqjax.core.stats import SolverStats
 from deqjax.data.pydoc import pydoc
 from deqjax.data.text import OrderedBatches, TextCorpus, unigram_perplexity
@@ -105,8 +106,8 @@ class LanguageModelTask:
         def run(lm, unroll=None):
             out = lm(tokens, memory, train=True, masks=masks, z_init=self._start(memory, tokens), unroll=unroll)
             nll = jnp.mean(lm.nll(out.states, targets, masks))
-            jacobian = self._jacobian_term(lm, out, key_probe, key_choice, step) if unroll is None else jnp.zeros(())
-            return nll, jacobian, out.memory, _vitals(out.stats)
+            jacobian = self._jacobian_term(lm, out, key_probe, key_choice, step) if unroll is None else 0.0
+            return nll, jnp.asarray(jacobian, nll.dtype), out.memory, _vitals(out.stats)
 
         if self.config.pretrain_steps > 0:
             graph, state = nnx.split(lm)
@@ -132,11 +133,11 @@ class LanguageModelTask:
         """Weighted Jacobian loss, present with the configured probability."""
         c = self.deq
         if c.jac_loss_weight == 0 or c.jac_loss_freq == 0:
-            return jnp.zeros(())
+            return 0.0
         weight = c.jac_loss_weight + (0.1 * (step // c.jac_incremental) if c.jac_incremental else 0.0)
         chosen = jax.random.bernoulli(key_choice, c.jac_loss_freq)
-        term = jax.lax.cond(chosen, lambda: lm.jacobian_loss(out, key_probe), lambda: jnp.zeros((), out.states[-1].dtype))
-        return weight * term
+        dtype = batched.accumulation_dtype(out.states[-1])
+        return weight * jax.lax.cond(chosen, lambda: lm.jacobian_loss(out, key_probe), lambda: jnp.zeros((), dtype))
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
@@ -178,10 +179,10 @@ class LanguageModelTask:
                 f"segments converged {100 * result['forward/converged']:.1f}%"
             )
             if self.architecture.norm != "pre":
-                # A budget in training terms, scaled like the evaluation's own.
+                # Twice the budget of evaluation, and no stopping before it is spent.
                 budget = 2 * (self.deq.eval_f_max_iter or int(self.deq.f_max_iter * self.deq.eval_factor))
-                twice = self.evaluate(model, split, {"eval_f_max_iter": budget})
-                print(f"{split}: perplexity {twice['perplexity']:.2f} with up to {budget} solver steps")
+                twice = self.evaluate(model, split, {"eval_f_max_iter": budget, "f_tol": 0.0})
+                print(f"{split}: perplexity {twice['perplexity']:.2f} after {budget} solver steps")
 
     # Generation ------------------------------------------------------------------------------------------------------
 

@@ -15,26 +15,28 @@ import string
 import jax
 import jax.numpy as jnp
 
+from deqjax.core.annotations import Array, Bool, Float, Inexact, Int, PyTree, Shaped, State
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def accumulation_dtype(state):
+def accumulation_dtype(state: PyTree):
     """The dtype of norms, inner products and small systems: the state's own, but at least float32."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(jnp.float32, *(x.dtype for x in jax.tree.leaves(state)))
 
 
-def batch_size(state) -> int:
+def batch_size(state: State) -> int:
     """B, the common length of the leading axis of every leaf."""
     return jax.tree.leaves(state)[0].shape[0]
 
 
-def per_sample(values_B, leaf):
+def per_sample(values_B: Shaped[Array, " B"], leaf: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """Reshapes one value per sample so that it broadcasts against a leaf `[B, ...]`."""
     return values_B.reshape(values_B.shape + (1,) * (leaf.ndim - 1))
 
 
-def norm(state):
+def norm(state: State) -> Float[Array, " B"]:
     """Euclidean norm of every sample over all leaves: `[B]`."""
     dtype = accumulation_dtype(state)
 
@@ -44,7 +46,7 @@ def norm(state):
     return jnp.sqrt(functools.reduce(operator.add, map(squares, jax.tree.leaves(state))))
 
 
-def inner(a, b):
+def inner(a: State, b: State) -> Inexact[Array, " B"]:
     """Inner product of every sample over all leaves: `[B]`."""
     dtype = accumulation_dtype(a)
 
@@ -54,40 +56,40 @@ def inner(a, b):
     return functools.reduce(operator.add, map(products, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def subtract(a, b):
+def subtract(a: State, b: State) -> State:
     """`a - b`, leaf by leaf."""
     return jax.tree.map(jnp.subtract, a, b)
 
 
-def add_scaled(a, scale_B, b):
+def add_scaled(a: State, scale_B: Inexact[Array, " B"], b: State) -> State:
     """`a + scale * b` with one scale per sample."""
     return jax.tree.map(lambda x, y: x + (per_sample(scale_B, y) * y.astype(scale_B.dtype)).astype(x.dtype), a, b)
 
 
-def mix(a, b, weight: float):
+def mix(a: State, b: State, weight: float | Array) -> State:
     """`(1 - weight) * a + weight * b`; `b` itself when the weight is the number 1."""
     if isinstance(weight, (int, float)) and weight == 1:
         return b
     return jax.tree.map(lambda x, y: x + jnp.asarray(weight, x.dtype) * (y - x), a, b)
 
 
-def select(mask_B, a, b):
+def select(mask_B: Bool[Array, " B"], a: State, b: State) -> State:
     """`a` where the sample's mask is set, else `b`."""
     return jax.tree.map(lambda x, y: jnp.where(per_sample(mask_B, x), x, y), a, b)
 
 
-def new_history(state, memory: int):
+def new_history(state: State, memory: int) -> PyTree[Inexact[Array, "B M ..."]]:
     """An empty history `[B, memory, ...]` of states like `state`."""
     # Broadcasting from the state, not from a bare shape, lets the buffer inherit its sharding.
     return jax.tree.map(lambda x: jnp.repeat(jnp.zeros_like(x)[:, None], memory, axis=1), state)
 
 
-def write(history, slot, state):
+def write(history: PyTree[Inexact[Array, "B M ..."]], slot: Int[Array, ""], state: State) -> PyTree[Inexact[Array, "B M ..."]]:
     """The history with `state` in the given slot."""
     return jax.tree.map(lambda h, x: jax.lax.dynamic_update_index_in_dim(h, x, slot, axis=1), history, state)
 
 
-def coefficients(history, state):
+def coefficients(history: PyTree[Inexact[Array, "B M ..."]], state: State) -> Inexact[Array, "B M"]:
     """Inner products of every stored state with `state`: `[B, M]`."""
     dtype = accumulation_dtype(state)
 
@@ -98,7 +100,7 @@ def coefficients(history, state):
     return functools.reduce(operator.add, map(products, jax.tree.leaves(history), jax.tree.leaves(state)))
 
 
-def combine(history, weights_BM):
+def combine(history: PyTree[Inexact[Array, "B M ..."]], weights_BM: Inexact[Array, "B M"]) -> State:
     """The weighted sum over the history axis: a state."""
 
     def weighted(h):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from deqjax.core import hoist as hoisting
+from deqjax.core.annotations import Array, Float, PyTree
 from deqjax.core.gradients import Gradient, Implicit
 from deqjax.core.solvers.anderson import Anderson
 from deqjax.core.solvers.base import Solver
@@ -25,21 +26,21 @@ class Solution:
       stats: how the solve went, per sample.
     """
 
-    value: Any
+    value: PyTree
     states: tuple
     samples: tuple
     stats: SolverStats
 
 
 def fixed_point(
-    f: Callable[..., Any],
-    z_init: Any,
+    f: Callable[..., PyTree],
+    z_init: PyTree,
     *args: Any,
     solver: Solver = Anderson(),
     gradient: Gradient = Implicit(),
     batch_axis: int | None = 0,
     sample_at: Sequence[int] = (),
-    adjoint_probe: jax.Array | None = None,
+    adjoint_probe: Float[Array, " 6"] | None = None,
 ) -> Solution:
     """Solves z = f(z, *args) for a batch of states and makes the solution differentiable.
 

@@ -5,13 +5,13 @@ differentiated, except by `Unrolled`.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from deqjax.core import batched
+from deqjax.core.annotations import Array, Float, State
 from deqjax.core.hoist import Hoisted
 from deqjax.core.solve import solve
 from deqjax.core.solvers.anderson import Anderson
@@ -19,7 +19,7 @@ from deqjax.core.solvers.base import Solver
 from deqjax.core.stats import SolverStats
 
 
-def damped(f, damping: float):
+def damped(f: Callable[[State], State], damping: float | Array) -> Callable[[State], State]:
     """z -> (1 - damping) z + damping f(z)."""
     return lambda z: batched.mix(z, f(z), damping)
 
@@ -28,11 +28,13 @@ def damped(f, damping: float):
 class Gradient:
     """A rule; subclass and write `attach`."""
 
-    def solve(self, f: Hoisted, z_init, solver: Solver, sample_at=()) -> tuple[Any, tuple, SolverStats]:
+    def solve(
+        self, f: Hoisted, z_init: State, solver: Solver, sample_at: Sequence[int] = ()
+    ) -> tuple[State, tuple[State, ...], SolverStats]:
         """The forward solve, without gradients."""
         return solve(f.detached(), jax.lax.stop_gradient(z_init), solver, sample_at)
 
-    def attach(self, f: Hoisted, z_hat, probe=None) -> tuple:
+    def attach(self, f: Hoisted, z_hat: State, probe: Float[Array, " 6"] | None = None) -> tuple[State, ...]:
         """Differentiable states at the solution `z_hat`; the last one is the result, earlier ones are for supervision."""
         raise NotImplementedError
 
@@ -192,7 +194,7 @@ class Unrolled(Gradient):
 PROBE_ENTRIES = ("abs", "rel", "steps", "converged", "non_finite", "samples")
 
 
-def adjoint_probe(dtype=jnp.float32):
+def adjoint_probe(dtype=jnp.float32) -> Float[Array, " 6"]:
     """Zeros to pass as `fixed_point(..., adjoint_probe=...)`.
 
     Statistics of the backward solve exist only while a gradient is being computed. The "gradient" with respect to this

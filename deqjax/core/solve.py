@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deqjax.core import batched
+from deqjax.core.annotations import State
 from deqjax.core.solvers.base import Solver
 from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 
@@ -35,7 +36,9 @@ class _Carry(NamedTuple):
     rel_trace: jax.Array
 
 
-def solve(f: Callable, z_init, solver: Solver, sample_at: Sequence[int] = ()) -> tuple[Any, tuple, SolverStats]:
+def solve(
+    f: Callable[[State], State], z_init: State, solver: Solver, sample_at: Sequence[int] = ()
+) -> tuple[State, tuple[State, ...], SolverStats]:
     """Iterates from `z_init` until every sample's residual is below the solver's tolerance or its budget is spent.
 
     Never raises on account of the numbers: a sample that turns non-finite stops there and returns its best finite

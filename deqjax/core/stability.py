@@ -6,9 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from deqjax.core import batched
+from deqjax.core.annotations import Array, Float, Inexact, Key, PyTree, State
 
 
-def jacobian_loss(f: Callable, z, key: jax.Array | None = None, *, n_probes: int = 1, probes=None) -> jax.Array:
+def jacobian_loss(
+    f: Callable[[State], State],
+    z: State,
+    key: Key[Array, ""] | None = None,
+    *,
+    n_probes: int = 1,
+    probes: PyTree[Inexact[Array, "P B ..."]] | None = None,
+) -> Float[Array, ""]:
     """Hutchinson estimate of |df/dz|_F^2 per entry of the state (Bai et al. 2021, eq. 6): a scalar.
 
     The mean over Gaussian probes v of |v^T J|^2 / size(z), the size counting the whole batch. It is a function of f and
@@ -37,7 +45,14 @@ def jacobian_loss(f: Callable, z, key: jax.Array | None = None, *, n_probes: int
     return jnp.mean(jax.vmap(squared)(probes))
 
 
-def spectral_radius(f: Callable, z, key: jax.Array | None = None, *, steps: int = 100, start=None) -> jax.Array:
+def spectral_radius(
+    f: Callable[[State], State],
+    z: State,
+    key: Key[Array, ""] | None = None,
+    *,
+    steps: int = 100,
+    start: State | None = None,
+) -> Float[Array, " B"]:
     """Per-sample estimate of the largest |eigenvalue| of df/dz by power iteration on J^T: `[B]`.
 
     Below 1, plain iteration converges near z. The estimate is the Rayleigh quotient of one random start; it is too low

@@ -105,7 +105,7 @@ class Vocabulary:
             ids.append(index)
         return np.array(ids, np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The words of `ids` [T], separated by spaces; `encode` inverts it. Raises DataError on ids outside the vocabulary."""
         ids = np.asarray(list(ids), np.int64)
         wrong = ids[(ids < 0) | (ids >= len(self))]

@@ -1,10 +1,12 @@
 """The equilibrium layer: which solver, which gradient, which states to supervise."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
+from deqjax.core.annotations import Array, Key, PyTree, State
 from deqjax.core.gradients import Gradient, Implicit, Phantom, adjoint_probe, damped
 from deqjax.core.hoist import Hoisted, as_state, hoist
 from deqjax.core.solve import solve
@@ -42,13 +44,13 @@ class DEQ(nnx.Module):
 
     def __call__(
         self,
-        f,
-        z_init: Any,
+        f: Callable[[PyTree], PyTree],
+        z_init: PyTree,
         *,
         train: bool,
-        solver_options: dict | None = None,
-        key: jax.Array | None = None,
-        radius_start: Any = None,
+        solver_options: Mapping | None = None,
+        key: Key[Array, ""] | None = None,
+        radius_start: State | None = None,
     ) -> DEQOutput:
         """Runs the layer.
 
@@ -56,7 +58,8 @@ class DEQ(nnx.Module):
           f: maps states `[B, ...]` to states, closed over its injection.
           z_init: where to start.
           train: supervised states with gradients, or the single result.
-          solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, and options of the forward solver.
+          solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, `f_tol`, and options of the forward
+            solver.
           key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
         """
         z_init = as_state(z_init)
@@ -106,6 +109,7 @@ class DEQ(nnx.Module):
             # The original measures the residual of the damped map.
             tau = options.pop("tau", options.pop("damping", 1.0))
             f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
+        tol = options.pop("f_tol", tol)
         solver = self._named_solver(self.config.f_solver, budget, tol, self.config.f_stop_mode, options)
         return solve(f.detached(), z, solver, sample_at)
 

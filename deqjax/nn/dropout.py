@@ -4,9 +4,12 @@ Masks are drawn before the solve and belong to the injection, so that f stays a 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from deqjax.core.annotations import Array, Float, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class VariationalDropout:
         if not 0 <= self.rate <= 1:
             raise ValueError(f"dropout rate {self.rate}: must lie between 0 and 1.")
 
-    def mask(self, key: jax.Array | None, shape, dtype=jnp.float32):
+    def mask(self, key: Key[Array, ""] | None, shape: Sequence[int], dtype=jnp.float32) -> Float[Array, "..."] | None:
         """A mask that broadcasts against `shape`, with entries 0 or 1 / (1 - rate); None when nothing is dropped.
 
         Args:
@@ -41,6 +44,6 @@ class VariationalDropout:
         return jax.random.bernoulli(key, keep, shape).astype(dtype) / jnp.asarray(keep, dtype)
 
 
-def apply_mask(x, mask):
+def apply_mask(x: Float[Array, "..."], mask: Float[Array, "..."] | None) -> Float[Array, "..."]:
     """x times its mask; x itself without one."""
     return x if mask is None else x * mask.astype(x.dtype)

@@ -10,10 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deqjax.core.annotations import Array, Float
 from deqjax.nn.config import DEQConfig
 
 
-def weight_norm(v, g=None, *, axis: int = -1, target_norm: float = 1.0, clip_value: float | None = None):
+def weight_norm(
+    v: Float[Array, "..."],
+    g: Float[Array, " out"] | None = None,
+    *,
+    axis: int = -1,
+    target_norm: float = 1.0,
+    clip_value: float | None = None,
+) -> Float[Array, "..."]:
     """v * g / |v|, the norm over all axes but `axis` (Salimans and Kingma 2016).
 
     Args:
@@ -26,8 +34,16 @@ def weight_norm(v, g=None, *, axis: int = -1, target_norm: float = 1.0, clip_val
 
 
 def spectral_norm(
-    weight, u, v, g=None, *, axis: int = -1, n_power_iters: int = 1, target_norm: float = 1.0, clip_value: float | None = None
-):
+    weight: Float[Array, "..."],
+    u: Float[Array, " out"],
+    v: Float[Array, " rest"],
+    g: Float[Array, " out"] | None = None,
+    *,
+    axis: int = -1,
+    n_power_iters: int = 1,
+    target_norm: float = 1.0,
+    clip_value: float | None = None,
+) -> tuple[Float[Array, "..."], Float[Array, " out"], Float[Array, " rest"]]:
     """weight * g / sigma with sigma the largest singular value of the weight as a matrix `[axis, rest]` (Miyato 2018).
 
     Args:
@@ -75,7 +91,7 @@ class LinearWeights(NamedTuple):
     kernel: jax.Array
     bias: jax.Array | None
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "... n_in"]) -> Float[Array, "... n_out"]:
         y = x @ self.kernel
         if self.bias is None:
             return y

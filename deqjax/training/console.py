@@ -19,8 +19,14 @@ def console_line(step, total, values, speed, items) -> str:
         parts.append(f"{short(rate)} steps/s" + (f" {short(rate * items[1])} {items[0]}/s" if items else ""))
         parts.append(f"ETA {duration(speed['time/eta_s'])}")
     first = [name for name in ("loss", "grad_norm", "lr") if name in values]
-    shown_names = first + sorted(name for name in values if name not in first and (name != "skipped" or values[name]))
-    return " ".join(parts) + " | " + shown({name: values[name] for name in shown_names})
+    rest = sorted(name for name in values if name not in first and _worth_a_place(name, values[name]))
+    return " ".join(parts) + " | " + shown({name: values[name] for name in first + rest})
+
+
+def _worth_a_place(name, value) -> bool:
+    """The log file has everything; the line leaves out absolute residuals, and counts of trouble while there is none."""
+    kind = name.rpartition("/")[2]
+    return kind != "abs" and (kind not in ("skipped", "non_finite") or value > 0)
 
 
 def shown(values: Mapping[str, float]) -> str:

@@ -74,7 +74,7 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
     return {name: place(name, array) for name, array in batch.items()}
 
 
-def place_whole(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def place_whole(mesh: Mesh, batch: Mapping) -> dict[str, jax.Array]:
     """A batch that every process holds whole, as in evaluation: split on axis 0 where that is even, else on every device."""
 
     def place(array):

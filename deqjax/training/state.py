@@ -11,7 +11,7 @@ from flax import nnx
 
 @flax.struct.dataclass
 class TrainState:
-    """Arrays only: a static field would make states of two runs different trees.
+    """Arrays only (or, in their places, shapes or shardings): a static field would make states of two runs different trees.
 
     Attributes:
       step: updates done, skipped ones included; the next batch's number.
@@ -24,14 +24,14 @@ class TrainState:
       best: the best value of the validation metric so far.
     """
 
-    step: jax.Array
+    step: Any
     params: Any
     variables: Any
     opt: Any
     sums: dict
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
-    best: jax.Array
+    skipped: Any
+    skipped_in_a_row: Any
+    best: Any
 
     @classmethod
     def create(cls, params, variables, optimizer: optax.GradientTransformation, metric_names, best: float) -> "TrainState":

@@ -1,12 +1,13 @@
 """What an experiment tells the training loop."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from flax import nnx
 
 
+@runtime_checkable
 class Stream(Protocol):
     """Training batches by number."""
 
@@ -15,6 +16,7 @@ class Stream(Protocol):
         ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """A model, its data and its loss.
 

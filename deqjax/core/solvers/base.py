@@ -1,7 +1,10 @@
 """What a solver is: hyper-parameters, `init` and `step`. The loop belongs to `core.solve`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
+
+from deqjax.core.annotations import State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,11 @@ class Solver:
         require(self.max_steps >= 0, "max_steps", self.max_steps, "0 or more")
         require(self.check_every >= 1, "check_every", self.check_every, "1 or more")
 
-    def init(self, z) -> Any:
+    def init(self, z: State) -> Any:
         """The method's own state before the first evaluation at `z`."""
         raise NotImplementedError
 
-    def step(self, f, z, f_z, state) -> tuple[Any, Any]:
+    def step(self, f: Callable[[State], State], z: State, f_z: State, state: Any) -> tuple[State, Any]:
         """From f evaluated at z to the next point: `(z_next, state)`. f itself is there for line searches."""
         raise NotImplementedError
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deqjax.core.annotations import Array, ArrayLike, Float, Int
 from deqjax.models.transformer.config import TransformerConfig
 
 # Rows of one stream times a tail's vocabulary that are expanded to logits at a time.
@@ -36,7 +37,7 @@ class AdaptiveEmbedding(nnx.Module):
         projections = [_normal(rngs, (config.d_model, w), config.proj_init_std, config) for w in widths]
         self.projections = nnx.List([nnx.Param(p) for p in projections] if config.has_projections else [])
 
-    def __call__(self, tokens):
+    def __call__(self, tokens: Int[ArrayLike, "B L"]) -> Float[Array, "B L D"]:
         config = self.config
         if config.div_val == 1:
             e = self._project(self.tables[0][...][tokens], 0)
@@ -95,7 +96,7 @@ class AdaptiveSoftmax(nnx.Module):
         self.cluster_weight = nnx.Param(_normal(rngs, (n_tails, widths[0]), config.init_std, config)) if n_tails else None
         self.cluster_bias = nnx.Param(jnp.zeros((n_tails,))) if n_tails else None
 
-    def log_prob(self, h):
+    def log_prob(self, h: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Log-probabilities of the whole vocabulary, `[B, L, V]`."""
         head = self._head(h)
         n_tails, shortlist = len(self.config.cutoffs), self.config.cluster_ends[1]
@@ -104,7 +105,7 @@ class AdaptiveSoftmax(nnx.Module):
             parts.append(head[..., shortlist + n_tails - i][..., None] + jax.nn.log_softmax(self._tail_logits(h, i)))
         return jnp.concatenate(parts, axis=-1)
 
-    def nll(self, h, targets):
+    def nll(self, h: Float[Array, "B L D"], targets: Int[ArrayLike, "B L"]) -> Float[Array, "B L"]:
         """-log p of `targets` `[B, L]`, in token order: `[B, L]`."""
         config, n_tails = self.config, len(self.config.cutoffs)
         ends, shortlist = config.cluster_ends, config.cluster_ends[1]

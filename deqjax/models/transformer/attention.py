@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deqjax.core.annotations import Array, Bool, Float, Int
 from deqjax.models.transformer.config import TransformerConfig
 from deqjax.models.transformer.memory import Memory
 from deqjax.nn.config import DEQConfig
@@ -19,7 +20,7 @@ class NormWeights(NamedTuple):
     scale: jax.Array | None
     bias: jax.Array | None
 
-    def __call__(self, x, epsilon=1e-5):
+    def __call__(self, x: Float[Array, "... D"], epsilon: float = 1e-5) -> Float[Array, "... D"]:
         # Statistics in float32 even when the state is bfloat16.
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -66,7 +67,7 @@ def split_heads(x, n_head: int, interleaved: bool):
     return parts[..., 0, :, :], parts[..., 1, :, :], parts[..., 2, :, :]
 
 
-def sinusoids(n_rows: int, d_model: int, dtype=jnp.float32):
+def sinusoids(n_rows: int, d_model: int, dtype=jnp.float32) -> Float[Array, "K D"]:
     """`[K, D]`: row j encodes distance K-1-j as [all sines, all cosines]."""
     distances = jnp.arange(n_rows - 1, -1, -1, dtype=dtype)
     frequencies = 1 / 10000 ** (jnp.arange(0, d_model, 2, dtype=dtype) / d_model)
@@ -74,7 +75,7 @@ def sinusoids(n_rows: int, d_model: int, dtype=jnp.float32):
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
-def visible(length: int, memory_rows: int, memory_length, window: int | None):
+def visible(length: int, memory_rows: int, memory_length: Int[Array, ""], window: int | None) -> Bool[Array, "L K"]:
     """`[L, K]`: may query i see key j? Not the future, nothing beyond the window, no empty memory row."""
     i, j = jnp.arange(length)[:, None], jnp.arange(memory_rows + length)[None, :]
     distance = memory_rows + i - j
@@ -82,7 +83,7 @@ def visible(length: int, memory_rows: int, memory_length, window: int | None):
     return seen if window is None else seen & (distance < window)
 
 
-def relative_shift(scores_BHLK):
+def relative_shift(scores_BHLK: Float[Array, "B H L K"]) -> Float[Array, "B H L K"]:
     """Turns scores against position rows into scores against keys: entry (i, j) moves to row j + L-1-i.
 
     Entries with the key after the query hold leftovers of neighbouring rows; the caller masks them.
@@ -107,7 +108,14 @@ class RelativeAttention(nnx.Module):
         self.norm_in = LayerNorm(D, config.affine, rngs, config.init_std)
         self.norm_out = LayerNorm(D, True, rngs, config.init_std) if config.attention_norm else None
 
-    def context(self, memory: Memory, positions_KD, mask, probability_mask, train: bool) -> AttentionContext:
+    def context(
+        self,
+        memory: Memory,
+        positions_KD: Float[Array, "K D"],
+        mask: Float[Array, "B 1 D"] | None,
+        probability_mask: Float[Array, "B H L K"] | None,
+        train: bool,
+    ) -> AttentionContext:
         """Effective weights, the memory's keys and values, the projected positions."""
         config, qkv, norm_in = self.config, self.qkv.effective(train=train), self.norm_in.effective()
         z = memory.z if config.norm == "post" else norm_in(memory.z)
@@ -127,7 +135,9 @@ class RelativeAttention(nnx.Module):
             probability_mask=probability_mask,
         )
 
-    def attend(self, z, u, seen_LK, context: AttentionContext):
+    def attend(
+        self, z: Float[Array, "B L D"], u: Float[Array, "B L U"], seen_LK: Bool[Array, "L K"], context: AttentionContext
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B H L K"]]:
         """The attention sub-layer's contribution at state z `[B, L, D]`, and its probabilities `[B, H, L, K]`."""
         config = self.config
         c = z if config.norm == "post" else context.norm_in(z)

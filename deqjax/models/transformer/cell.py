@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deqjax.core.annotations import Array, Float, Key
 from deqjax.models.transformer.attention import AttentionContext, LayerNorm, NormWeights, RelativeAttention, sinusoids, visible
 from deqjax.models.transformer.config import TransformerConfig
 from deqjax.models.transformer.memory import Memory
@@ -58,12 +59,12 @@ class Block(nnx.Module):
         weights = self.inner.effective(train=train), self.outer.effective(train=train), self.norm.effective()
         return BlockContext(attention, *weights, masks.inner, masks.outer)
 
-    def attend(self, z, injection: Injection, context: BlockContext):
+    def attend(self, z: Float[Array, "B L D"], injection: Injection, context: BlockContext) -> Float[Array, "B L D"]:
         """z after the attention sub-layer."""
         a, _ = self.attention.attend(z, injection.u, injection.seen, context.attention)
         return context.attention.norm_in(z + a) if self.config.norm == "post" else z + a
 
-    def feed_forward(self, z, context: BlockContext):
+    def feed_forward(self, z: Float[Array, "B L D"], context: BlockContext) -> Float[Array, "B L D"]:
         """z after the feed-forward sub-layer."""
         x = z if self.config.norm == "post" else context.norm(z)
         y = apply_mask(jax.nn.relu(context.inner(x)), context.inner_mask)
@@ -81,7 +82,14 @@ class Cell(nnx.Module):
         self.config = config
         self.blocks = nnx.List([Block(config, deq, init, rngs) for _ in range(config.n_layer)])
 
-    def context(self, u, memory: Memory, position_mask, masks: tuple[BlockMasks, ...], train: bool) -> Injection:
+    def context(
+        self,
+        u: Float[Array, "B L U"],
+        memory: Memory,
+        position_mask: Float[Array, "..."] | None,
+        masks: tuple[BlockMasks, ...],
+        train: bool,
+    ) -> Injection:
         """The injection of a segment with token injections u `[B, L, 3*H*dh]`."""
         config, L, M = self.config, u.shape[1], memory.z.shape[1]
         positions_KD = sinusoids(M + L, config.d_model, u.dtype)
@@ -91,13 +99,15 @@ class Cell(nnx.Module):
         blocks = tuple(b.context(memory, positions_KD, m, train) for b, m in zip(self.blocks, masks, strict=True))
         return Injection(u, seen, blocks)
 
-    def __call__(self, z, injection: Injection):
+    def __call__(self, z: Float[Array, "B L D"], injection: Injection) -> Float[Array, "B L D"]:
         """One application of f to states `[B, L, D]`."""
         for block, context in zip(self.blocks, injection.blocks, strict=True):
             z = block.feed_forward(block.attend(z, injection, context), context)
         return z
 
-    def sample_masks(self, key, batch: int, length: int, memory_rows: int, dtype=jnp.float32) -> tuple[BlockMasks, ...]:
+    def sample_masks(
+        self, key: Key[Array, ""] | None, batch: int, length: int, memory_rows: int, dtype=jnp.float32
+    ) -> tuple[BlockMasks, ...]:
         """One set of variational masks for a whole solve; all None without a key."""
         config, K = self.config, memory_rows + length
         feature, attention = VariationalDropout(config.dropout, (1,)), VariationalDropout(config.dropatt)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deqjax.core.annotations import Array, Bool, Float
+
 
 class Memory(NamedTuple):
     """The last M positions of every stream. The newest `length` rows, at the end, are valid.
@@ -24,7 +26,7 @@ class Memory(NamedTuple):
             jnp.zeros((), jnp.int32),
         )
 
-    def append(self, z, u, capacity: int) -> "Memory":
+    def append(self, z: Float[Array, "B L D"], u: Float[Array, "B L U"], capacity: int) -> "Memory":
         """The memory after a segment with states z `[B, L, D]` and injections u, detached, cut to `capacity` rows."""
 
         def last_rows(old, new):
@@ -36,6 +38,6 @@ class Memory(NamedTuple):
         length = jnp.minimum(self.length + z.shape[1], capacity).astype(jnp.int32)
         return Memory(last_rows(self.z, z), last_rows(self.u, u), length)
 
-    def reset_where(self, reset) -> "Memory":
+    def reset_where(self, reset: Bool[Array, ""] | bool) -> "Memory":
         """Forgets everything where the scalar `reset` is true."""
         return self._replace(length=jnp.where(reset, 0, self.length).astype(jnp.int32))

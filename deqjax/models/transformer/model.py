@@ -4,6 +4,7 @@ Bai et al. 2019 (arXiv 1909.01377) on the Transformer-XL of Dai et al. 2019 (arX
 variants `deq-lm` and `deq-seq`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deqjax.core import batched
+from deqjax.core.annotations import Array, ArrayLike, Float, Int, Key
 from deqjax.core.correction import correction_weights
 from deqjax.core.stability import jacobian_loss
 from deqjax.core.stats import SolverStats
@@ -72,7 +74,9 @@ class DEQTransformer(nnx.Module):
 
     # Encode ----------------------------------------------------------------------------------------------------------
 
-    def encode(self, tokens, memory: Memory, masks: Masks | None = None, *, train: bool = False) -> Injection:
+    def encode(
+        self, tokens: Int[ArrayLike, "B L"], memory: Memory, masks: Masks | None = None, *, train: bool = False
+    ) -> Injection:
         """Tokens `[B, L]` and memory to the injection: all of f that does not depend on z."""
         masks = masks if masks is not None else self.sample_masks(None, *tokens.shape, memory.z.shape[1])
         u = self.injection(apply_mask(self.embedding(tokens), masks.embedding))
@@ -82,7 +86,7 @@ class DEQTransformer(nnx.Module):
         is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # noqa: E731
         return jax.tree.map(lambda x: x.astype(self.config.dtype) if is_float(x) else x, injection)
 
-    def sample_masks(self, key, batch: int, length: int, memory_rows: int) -> Masks:
+    def sample_masks(self, key: Key[Array, ""] | None, batch: int, length: int, memory_rows: int) -> Masks:
         """Masks for one forward pass; all None without a key, that is in evaluation."""
         config, rate = self.config, self.config.dropout
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
@@ -111,14 +115,14 @@ class DEQTransformer(nnx.Module):
 
     def __call__(
         self,
-        tokens,
+        tokens: Int[ArrayLike, "B L"],
         memory: Memory,
         *,
         train: bool = False,
         masks: Masks | None = None,
-        z_init=None,
-        unroll: int | jax.Array | None = None,
-        solver_options: dict | None = None,
+        z_init: Float[Array, "B L D"] | None = None,
+        unroll: int | None = None,
+        solver_options: Mapping | None = None,
     ) -> Output:
         """Solves for the hidden states of a segment.
 
@@ -146,11 +150,13 @@ class DEQTransformer(nnx.Module):
 
     # Decode ----------------------------------------------------------------------------------------------------------
 
-    def log_prob(self, z):
+    def log_prob(self, z: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Log-probabilities of the next token at every position, `[B, L, V]`."""
         return self.softmax.log_prob(z)
 
-    def nll(self, states, targets, masks: Masks | None = None):
+    def nll(
+        self, states: Sequence[Float[Array, "B L D"]], targets: Int[ArrayLike, "B Lt"], masks: Masks | None = None
+    ) -> Float[Array, "B Lt"]:
         """Weighted -log p of targets `[B, Lt]` at the last Lt positions, summed over supervised states: `[B, Lt]`.
 
         The weights are those of the fixed-point correction, gamma^(n-1-k).
@@ -162,7 +168,9 @@ class DEQTransformer(nnx.Module):
             total = total + weight * self.softmax.nll(h[:, h.shape[1] - targets.shape[1] :], targets)
         return total
 
-    def jacobian_loss(self, output: Output, key=None, probes=None):
+    def jacobian_loss(
+        self, output: Output, key: Key[Array, ""] | None = None, probes: Float[Array, "P B L D"] | None = None
+    ) -> Float[Array, ""]:
         """Jacobian regularisation at the last state; moves the equilibrium as well as f."""
         f = lambda z: self.cell(z, output.injection)  # noqa: E731
         return jacobian_loss(f, output.states[-1], key, probes=probes)
