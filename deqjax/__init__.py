@@ -17,7 +17,7 @@ _PUBLIC = {
     "Broyden": "deqjax.core.solvers",
     "get_solver": "deqjax.core.solvers",
     "register_solver": "deqjax.core.solvers",
-    "Implicit": "deqjax.core.gradients",
+    "Implicit": "deqjax.core.implicit",
     "Phantom": "deqjax.core.gradients",
     "OneStep": "deqjax.core.gradients",
     "Unrolled": "deqjax.core.gradients",

@@ -89,6 +89,11 @@ def write(history: PyTree[Inexact[Array, "B M ..."]], slot: Int[Array, ""], stat
     return jax.tree.map(lambda h, x: jax.lax.dynamic_update_index_in_dim(h, x, slot, axis=1), history, state)
 
 
+def read(history: PyTree[Inexact[Array, "B M ..."]], slot: Int[Array, ""]) -> State:
+    """The state in the given slot."""
+    return jax.tree.map(lambda h: jax.lax.dynamic_index_in_dim(h, slot, axis=1, keepdims=False), history)
+
+
 def coefficients(history: PyTree[Inexact[Array, "B M ..."]], state: State) -> Inexact[Array, "B M"]:
     """Inner products of every stored state with `state`: `[B, M]`."""
     dtype = accumulation_dtype(state)

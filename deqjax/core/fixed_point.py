@@ -8,7 +8,8 @@ import jax
 
 from deqjax.core import hoist as hoisting
 from deqjax.core.annotations import Array, Float, PyTree
-from deqjax.core.gradients import Gradient, Implicit
+from deqjax.core.gradients import Gradient
+from deqjax.core.implicit import Implicit
 from deqjax.core.solvers.anderson import Anderson
 from deqjax.core.solvers.base import Solver
 from deqjax.core.stats import SolverStats
@@ -84,11 +85,11 @@ def fixed_point(
         batched_f = lambda z: f(z, *args)  # noqa: E731
 
     hoisted = hoisting.hoist(batched_f, z_init)
-    z_hat, samples, stats = gradient.solve(hoisted, z_init, solver, sample_at)
-    states = gradient.attach(hoisted, z_hat, adjoint_probe)
+    solved = gradient.solve(hoisted, z_init, solver, sample_at)
+    states, samples = gradient.attach(hoisted, solved.value, adjoint_probe, solved.method), solved.samples
     if batch_axis is None:
         states, samples = _drop_axis(states), _drop_axis(samples)
-    return Solution(value=states[-1], states=states, samples=samples, stats=stats)
+    return Solution(value=states[-1], states=states, samples=samples, stats=solved.stats)
 
 
 def _add_axis(tree):

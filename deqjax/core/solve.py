@@ -20,6 +20,15 @@ from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 _EPSILON = 1e-9
 
 
+class Solved(NamedTuple):
+    """What a solve leaves behind."""
+
+    value: Any  # the best state
+    samples: tuple  # the best state at each sampled step
+    stats: SolverStats
+    method: Any = None  # the solver's own state at the end
+
+
 class _Carry(NamedTuple):
     step: jax.Array  # evaluations so far
     z: Any
@@ -36,9 +45,7 @@ class _Carry(NamedTuple):
     rel_trace: jax.Array
 
 
-def solve(
-    f: Callable[[State], State], z_init: State, solver: Solver, sample_at: Sequence[int] = ()
-) -> tuple[State, tuple[State, ...], SolverStats]:
+def solve(f: Callable[[State], State], z_init: State, solver: Solver, sample_at: Sequence[int] = ()) -> Solved:
     """Iterates from `z_init` until every sample's residual is below the solver's tolerance or its budget is spent.
 
     Never raises on account of the numbers: a sample that turns non-finite stops there and returns its best finite
@@ -52,11 +59,11 @@ def solve(
         not reach repeat its result.
 
     Returns:
-      The best state, the tuple of recorded states, and the statistics.
+      The best state, the recorded states, the statistics and the state of the method.
     """
     _check_samples(sample_at, solver.max_steps)
     if solver.max_steps == 0:
-        return z_init, (), _unsolved(z_init)
+        return Solved(z_init, (), _unsolved(z_init))
     if not solver.monitor:
         return _solve_unmonitored(f, z_init, solver, sample_at)
 
@@ -88,7 +95,7 @@ def solve(
     n_rows = len(sample_at) + (sample_at[-1] < solver.max_steps) if sample_at else 0
     carry = jax.lax.while_loop(unfinished, trip, _initial(z_init, solver, n_rows))
     samples = tuple(_sample(carry, sample_steps, i) for i in range(len(sample_at)))
-    return carry.best, samples, _statistics(carry, solver)
+    return Solved(carry.best, samples, _statistics(carry, solver), carry.method)
 
 
 def _initial(z_init, solver, n_rows) -> _Carry:
@@ -201,7 +208,7 @@ def _solve_unmonitored(f, z_init, solver, sample_at):
     status = jnp.where(residual < solver.tol, Status.CONVERGED, Status.STEP_LIMIT)
     status = jnp.where(jnp.isfinite(residual), status, Status.NON_FINITE).astype(jnp.int32)
     stats = SolverStats(absolute, relative, steps, steps, absolute[:, None], relative[:, None], status)
-    return last, tuple(samples), stats
+    return Solved(last, tuple(samples), stats, method)
 
 
 def _unsolved(z_init) -> SolverStats:

@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 
 from deqjax.core.annotations import Array, Key, PyTree, State
-from deqjax.core.gradients import Gradient, Implicit, Phantom, adjoint_probe, damped
+from deqjax.core.gradients import Gradient, Phantom, adjoint_probe, damped
 from deqjax.core.hoist import Hoisted, as_state, hoist
+from deqjax.core.implicit import Implicit
 from deqjax.core.solve import solve
 from deqjax.core.solvers import Solver, get_solver
 from deqjax.core.solvers.torchdeq import torchdeq_solver
@@ -78,29 +79,29 @@ class DEQ(nnx.Module):
         budgets = self.config.step_lists(max_iter)
         states, stats = [], None
         for budget, gradient in zip(budgets, self._gradients(len(budgets)), strict=True):
-            z_hat, _, stats = self._solve(f, jax.lax.stop_gradient(z), budget, self.config.f_tol, options)
-            states += gradient.attach(f, z_hat, self.probe[...])
-            z = states[-1]
+            solved = self._solve(f, jax.lax.stop_gradient(z), budget, self.config.f_tol, options)
+            states += gradient.attach(f, solved.value, self.probe[...], solved.method)
+            z, stats = states[-1], solved.stats
         return tuple(states), stats
 
     def _indexed(self, f, z, max_iter, options):
         """One solve, sampled on its way."""
         steps = self.config.step_lists(max_iter)
-        _, samples, stats = self._solve(f, jax.lax.stop_gradient(z), max_iter, self.config.f_tol, options, steps)
+        solved = self._solve(f, jax.lax.stop_gradient(z), max_iter, self.config.f_tol, options, steps)
         states = []
-        for z_hat, gradient in zip(samples, self._gradients(len(steps)), strict=True):
-            states += gradient.attach(f, z_hat, self.probe[...])
-        return tuple(states), stats
+        for z_hat, gradient in zip(solved.samples, self._gradients(len(steps)), strict=True):
+            states += gradient.attach(f, z_hat, self.probe[...], solved.method)
+        return tuple(states), solved.stats
 
     def _evaluate(self, f, z, budget, options, key, radius_start):
         config = self.config
         tol = config.f_tol if config.eval_f_tol is None else config.eval_f_tol
-        z_hat, _, stats = self._solve(f, jax.lax.stop_gradient(z), budget, tol, options)
+        z_hat, _, stats, method = self._solve(f, jax.lax.stop_gradient(z), budget, tol, options)
         radius = None
         if config.sradius_mode:
             key = jax.random.key(0) if key is None else key
             radius = spectral_radius(f.detached(), z_hat, key, start=radius_start)
-        states = Implicit(solver=self.backward_solver(), polish=False).attach(f, z_hat, self.probe[...])
+        states = Implicit(solver=self.backward_solver(), polish=False).attach(f, z_hat, self.probe[...], method)
         return DEQOutput(states, stats, radius)
 
     def _solve(self, f: Hoisted, z, budget, tol, options, sample_at=()):

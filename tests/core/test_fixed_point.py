@@ -182,7 +182,7 @@ def test_divergence_is_reported():
 
 def test_every_sampled_step_is_returned_even_after_an_early_stop():
     solver = Picard(max_steps=40, tol=1e-6)
-    best, samples, stats = solve(lambda z: 0.1 * z + 1, jnp.zeros((1, 2)), solver, (1, 3, 40))
+    best, samples, stats, _ = solve(lambda z: 0.1 * z + 1, jnp.zeros((1, 2)), solver, (1, 3, 40))
     np.testing.assert_allclose(samples[0], 1.0)
     np.testing.assert_allclose(samples[1], 1.11)
     np.testing.assert_array_equal(samples[2], best)

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from deqjax.core.fixed_point import fixed_point
-from deqjax.core.gradients import Implicit, adjoint_probe
+from deqjax.core.gradients import adjoint_probe
+from deqjax.core.implicit import Implicit
 from deqjax.core.solvers.picard import Picard
 from deqjax.nn.variables import AdjointProbe, BatchVariable
 

@@ -1,0 +1,128 @@
+"""Gradients by the implicit function theorem."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from deqjax.core import batched
+from deqjax.core.annotations import State
+from deqjax.core.gradients import Gradient, measured
+from deqjax.core.hoist import Hoisted, hoist
+from deqjax.core.solve import solve
+from deqjax.core.solvers.anderson import Anderson
+from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.krylov import LinearSolver
+from deqjax.core.solvers.shine import SHINE
+from deqjax.core.stats import SolverStats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Implicit(Gradient):
+    """The implicit function theorem: with cotangent c at z*, solve u = J^T u + c and return u^T df/dtheta.
+
+    Exact at convergence, with memory independent of the number of steps (Bai et al. 2019, section 3.2). The adjoint
+    system is linear: any solver of fixed points does it (`Picard(max_steps=k, monitor=False)` is a Neumann series of k
+    terms, see `Neumann`), or a Krylov method, or `SHINE`. Tolerances are relative by default, so that the gradient does not
+    depend on the scale of the loss. Differentiable again, in reverse mode.
+
+    Attributes:
+      solver: of the adjoint system.
+      polish: return f(z*), one application past the solver's result; it costs nothing when differentiating.
+      jacobian_at: "point" takes J at z* ("hook_ift" in TorchDEQ), "image" at f(z*) with one more evaluation of f (its
+        "ift"). They agree at convergence.
+      forward_mode: give `jvp`, `hessian` and forward-over-reverse as well, at the cost of the adjoint statistics: there is
+        then no probe.
+    """
+
+    solver: Solver | LinearSolver | SHINE = Anderson(max_steps=40, tol=1e-6)
+    polish: bool = True
+    jacobian_at: str = "point"
+    forward_mode: bool = False
+
+    def __post_init__(self):
+        require(self.jacobian_at in ("point", "image"), "jacobian_at", self.jacobian_at, '"point" or "image"')
+        if self.forward_mode and (self.jacobian_at == "image" or isinstance(self.solver, SHINE)):
+            raise ValueError('forward_mode needs jacobian_at="point" and a solver that is not SHINE.')
+
+    def attach(self, f, z_hat, probe=None, method=None):
+        function, captured = f
+        floating = [jnp.issubdtype(c.dtype, jnp.inexact) for c in captured]
+        smooth = [c for c, is_float in zip(captured, floating, strict=True) if is_float]
+        fixed = [c for c, is_float in zip(captured, floating, strict=True) if not is_float]
+
+        def rebuild(smooth, fixed) -> Hoisted:
+            remaining = (iter(fixed), iter(smooth))
+            return Hoisted(function, [next(remaining[is_float]) for is_float in floating])
+
+        if self.forward_mode:
+            return (self._with_tangents(rebuild, smooth, fixed, z_hat),)
+        return (self._with_adjoint(rebuild, smooth, fixed, z_hat, probe, jax.lax.stop_gradient(method)),)
+
+    # Reverse mode ----------------------------------------------------------------------------------------------------
+
+    def _with_adjoint(self, rebuild, smooth, fixed, z_hat, probe, method):
+        @jax.custom_vjp
+        def state(smooth, fixed, z, probe, method):
+            return rebuild(smooth, fixed)(z) if self.polish else z
+
+        def forward(smooth, fixed, z, probe, method):
+            # The identity in value. Differentiating this rule again, z moves with the parameters as it should.
+            z = dataclasses.replace(self, polish=False).attach(rebuild(smooth, fixed), z, None, method)[-1]
+            image, pullback = jax.vjp(lambda smooth, z: rebuild(smooth, fixed)(z), smooth, z)
+            at_image = (smooth, fixed, image) if self.jacobian_at == "image" else None
+            return (image if self.polish else z), (pullback, at_image, probe, method)
+
+        def backward(residuals, cotangent):
+            pullback, at_image, probe, method = residuals
+            jacobian_transposed = lambda u: pullback(u)[1]  # noqa: E731
+            if at_image is not None:
+                smooth, fixed, image = at_image
+                vjp_at_image = jax.vjp(rebuild(smooth, fixed), image)[1]
+                jacobian_transposed = lambda u: vjp_at_image(u)[0]  # noqa: E731
+            u, stats = self._solve_adjoint(jacobian_transposed, cotangent, method)
+            return pullback(u)[0], None, None, None if probe is None else measured(stats), None
+
+        state.defvjp(forward, backward)
+        return state(smooth, fixed, z_hat, probe, method)
+
+    def _solve_adjoint(self, jacobian_transposed, cotangent, method) -> tuple:
+        """u = J^T u + c, itself differentiable, and the statistics of the solve."""
+        affine = hoist(lambda u: jax.tree.map(jnp.add, jacobian_transposed(u), cotangent), cotangent)
+        u, stats = self._solve_linear(jacobian_transposed, affine, cotangent, method)
+        return dataclasses.replace(self, polish=False).attach(affine, u, None, method)[-1], stats
+
+    def _solve_linear(self, linear, affine: Hoisted, c: State, method=None) -> tuple[State, SolverStats]:
+        """u = A u + c without gradients, given A and the map of both."""
+        c = jax.lax.stop_gradient(c)
+        if isinstance(self.solver, Solver):
+            solved = solve(affine.detached(), jax.tree.map(jnp.zeros_like, c), self.solver)
+            return solved.value, solved.stats
+        return self.solver.solve(hoist(linear, c).detached(), c, method)
+
+    # Forward mode ----------------------------------------------------------------------------------------------------
+
+    def _with_tangents(self, rebuild, smooth, fixed, z_hat):
+        @jax.custom_jvp
+        def state(smooth, fixed, z):
+            return rebuild(smooth, fixed)(z) if self.polish else z
+
+        @state.defjvp
+        def tangent(primals, tangents):
+            smooth, fixed, z = primals
+            z = dataclasses.replace(self, polish=False).attach(rebuild(smooth, fixed), z)[-1]
+            image, pushforward = jax.linearize(lambda smooth, z: rebuild(smooth, fixed)(z), smooth, z)
+            still = jax.tree.map(jnp.zeros_like, smooth)
+            # dz = J dz + (df/dtheta) dtheta.
+            explicit = pushforward(tangents[0], jax.tree.map(jnp.zeros_like, z))
+            residual_map = lambda dz: batched.subtract(dz, pushforward(still, dz))  # noqa: E731
+
+            def solve_residual(residual_map, b):
+                linear = lambda u: batched.subtract(u, residual_map(u))  # noqa: E731
+                affine = hoist(lambda u: jax.tree.map(jnp.add, linear(u), b), b)
+                return self._solve_linear(linear, affine, b)[0]
+
+            dz = jax.lax.custom_linear_solve(residual_map, explicit, solve_residual, solve_residual)
+            return (image if self.polish else z), dz
+
+        return state(smooth, fixed, z_hat)
