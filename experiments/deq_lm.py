@@ -102,27 +102,27 @@ class LanguageModelTask:
         key_masks, key_probe, key_choice = jax.random.split(key, 3)
         lm, memory = model.lm, model.memory(batch["reset"])
         masks = lm.sample_masks(key_masks, *tokens.shape, memory.z.shape[1])
+        injection = lm.encode(tokens, memory, masks, train=True)
 
-        def run(lm, unroll=None):
-            out = lm(tokens, memory, train=True, masks=masks, z_init=self._start(memory, tokens), unroll=unroll)
+        def run(unroll=None):
+            out = lm.solve(injection, memory, train=True, z_init=self._start(memory, tokens), unroll=unroll)
             nll = jnp.mean(lm.nll(out.states, targets, masks))
             jacobian = self._jacobian_term(lm, out, key_probe, key_choice, step) if unroll is None else 0.0
-            return nll, jnp.asarray(jacobian, nll.dtype), out.memory, _vitals(out.stats)
+            size = jnp.asarray(tokens.size, nll.dtype)
+            metrics = {"loss": (nll * size, size), "jacobian": (jnp.asarray(jacobian, nll.dtype), jnp.ones_like(nll))}
+            if self.deq.n_supervised > 1:
+                # The loss is then a weighted sum over states; this is the last one's.
+                last = jnp.sum(lm.nll(out.states[-1:], targets, masks._replace(output=masks.output[-1:])))
+                metrics["nll_last"] = (last, size)
+            return nll, jnp.asarray(jacobian, nll.dtype), out.memory, metrics | _vitals(out.stats)
 
         if self.config.pretrain_steps > 0:
-            graph, state = nnx.split(lm)
-            nll, jacobian, memory, vitals = jax.lax.cond(
-                step < self.config.pretrain_steps,
-                lambda state: run(nnx.merge(graph, state, copy=True), self.config.pretrain_unroll),
-                lambda state: run(nnx.merge(graph, state, copy=True)),
-                state,
-            )
+            pretraining = step < self.config.pretrain_steps
+            nll, jacobian, memory, metrics = jax.lax.cond(pretraining, lambda: run(self.config.pretrain_unroll), run)
         else:
-            nll, jacobian, memory, vitals = run(lm)
+            nll, jacobian, memory, metrics = run()
         model.remember(memory)
 
-        size = jnp.asarray(tokens.size, nll.dtype)
-        metrics = {"loss": (nll * size, size), "jacobian": (jacobian, jnp.ones_like(jacobian)), **vitals}
         return nll + jacobian, metrics
 
     def _start(self, memory: Memory, tokens):
@@ -165,6 +165,9 @@ class LanguageModelTask:
         out = lm(tokens, memory, z_init=self._start(memory, tokens), solver_options=dict(solver_options))
         nll = jnp.sum(lm.nll(out.states, targets))
         metrics = {"loss": (nll, jnp.asarray(targets.size, nll.dtype)), **_vitals(out.stats)}
+        if out.spectral_radius is not None:
+            radius = out.spectral_radius
+            metrics["forward/spectral_radius"] = (jnp.sum(radius), jnp.asarray(radius.size, radius.dtype))
         return metrics, memory.append(out.states[-1], out.injection.u, self.config.data.eval_mem_len)
 
     def report(self, model: StreamingModel) -> None:

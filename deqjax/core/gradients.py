@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from deqjax.core import batched
 from deqjax.core.annotations import Array, Float, State
 from deqjax.core.hoist import Hoisted
-from deqjax.core.solve import Solved, solve
-from deqjax.core.solvers.base import Solver
+from deqjax.core.solve import Solved, residuals, solve, statistics_of_traces
+from deqjax.core.solvers.base import Solver, require
 from deqjax.core.stats import SolverStats
 
 
@@ -27,6 +27,11 @@ def damped(f: Callable[[State], State], damping: float | Array) -> Callable[[Sta
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradient:
     """A rule; subclass and write `attach`."""
+
+    @property
+    def n_states(self) -> int:
+        """How many states `attach` returns."""
+        return 1
 
     def solve(self, f: Hoisted, z_init: State, solver: Solver, sample_at: Sequence[int] = ()) -> Solved:
         """The forward solve, without gradients."""
@@ -64,6 +69,15 @@ class Phantom(Gradient):
     sample_at: Sequence[int] = ()
     remat: bool = False
 
+    def __post_init__(self):
+        require(self.steps >= 1, "steps", self.steps, "1 or more, or nothing gets a gradient")
+        if any(not 1 <= k <= self.steps for k in self.sample_at):
+            raise ValueError(f"Phantom(steps={self.steps}, sample_at={tuple(self.sample_at)}): steps outside 1..{self.steps}.")
+
+    @property
+    def n_states(self) -> int:
+        return len(self._supervised())
+
     def attach(self, f, z_hat, probe=None, method=None):
         if self.remat:
             # Inside a scan nothing could undo the recomputation, so its guard is left out there.
@@ -88,8 +102,6 @@ class Phantom(Gradient):
         """The steps whose states are returned."""
         if self.sample_every > 0:
             return tuple(range(self.sample_every, self.steps + 1, self.sample_every)) or (self.steps,)
-        if any(not 1 <= k <= self.steps for k in self.sample_at):
-            raise ValueError(f"Phantom(steps={self.steps}, sample_at={tuple(self.sample_at)}): steps outside 1..{self.steps}.")
         return (*sorted(self.sample_at), self.steps)
 
 
@@ -115,17 +127,16 @@ class Unrolled(Gradient):
             z, method = carry
             f_z = f(z)
             # The f that a line search evaluates carries no gradients: a step length is a constant of the computation.
-            return solver.step(f.detached(), z, f_z, method), f_z if solver.candidate == "image" else z
+            carry = solver.step(f.detached(), z, f_z, method)
+            return carry, (f_z if solver.candidate == "image" else z, residuals(*jax.lax.stop_gradient((z, f_z))))
 
         if solver.max_steps == 0:
             return solve(f, z_init, solver)
         step = jax.checkpoint(step) if self.remat else step
         carry = (z_init, solver.init(z_init))
-        (_, method), states = jax.lax.scan(step, carry, length=solver.max_steps)
+        (_, method), (states, traces) = jax.lax.scan(step, carry, length=solver.max_steps)
         samples = tuple(jax.tree.map(lambda s, k=k: s[k - 1], states) for k in sample_at)
-        # The statistics are those of the same solve run without gradients; equal subexpressions cost nothing extra.
-        fixed_budget = dataclasses.replace(solver, return_final=True)
-        stats = solve(f.detached(), jax.lax.stop_gradient(z_init), fixed_budget).stats
+        stats = statistics_of_traces(*(jnp.moveaxis(trace, 0, 1) for trace in traces), solver)
         return Solved(jax.tree.map(lambda s: s[-1], states), samples, stats, method)
 
     def attach(self, f, z_hat, probe=None, method=None):

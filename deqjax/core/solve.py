@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deqjax.core import batched
-from deqjax.core.annotations import State
+from deqjax.core.annotations import Array, Float, State
 from deqjax.core.solvers.base import Solver
 from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 
@@ -126,8 +126,7 @@ def _initial(z_init, solver, n_rows) -> _Carry:
 
 def _record(carry: _Carry, f_z, solver: Solver) -> tuple[_Carry, jax.Array]:
     """Measures the residual at carry.z; returns the carry with it booked, and who is finished."""
-    absolute = batched.norm(batched.subtract(f_z, carry.z))
-    relative = absolute / (batched.norm(f_z) + _EPSILON)
+    absolute, relative = residuals(carry.z, f_z)
     residual, lowest = (absolute, carry.abs_lowest) if solver.stop_mode == "abs" else (relative, carry.rel_lowest)
 
     active = ~carry.finished
@@ -201,14 +200,24 @@ def _solve_unmonitored(f, z_init, solver, sample_at):
     last, _ = solver.step(f, z, f_z, method)
     samples = [last if at == solver.max_steps else sample for at, sample in zip(sample_at, samples[:-1], strict=True)]
 
-    absolute = batched.norm(batched.subtract(last, z))
-    relative = absolute / (batched.norm(last) + _EPSILON)
-    residual = absolute if solver.stop_mode == "abs" else relative
-    steps = jnp.full_like(absolute, solver.max_steps, jnp.int32)
-    status = jnp.where(residual < solver.tol, Status.CONVERGED, Status.STEP_LIMIT)
-    status = jnp.where(jnp.isfinite(residual), status, Status.NON_FINITE).astype(jnp.int32)
-    stats = SolverStats(absolute, relative, steps, steps, absolute[:, None], relative[:, None], status)
+    stats = statistics_of_traces(*(residual[:, None] for residual in residuals(z, last)), solver)
     return Solved(last, tuple(samples), stats, method)
+
+
+def statistics_of_traces(abs_trace: Float[Array, "B N"], rel_trace: Float[Array, "B N"], solver: Solver) -> SolverStats:
+    """Statistics of a solve that took its whole budget and returns its last state, from the residuals that it recorded."""
+    trace = abs_trace if solver.stop_mode == "abs" else rel_trace
+    status = jnp.where(trace[:, -1] > DIVERGENCE_FACTOR * trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
+    status = jnp.where(trace[:, -1] < solver.tol, Status.CONVERGED, status)
+    status = jnp.where(jnp.all(jnp.isfinite(trace), axis=1), status, Status.NON_FINITE).astype(jnp.int32)
+    steps = jnp.full_like(status, solver.max_steps)
+    return SolverStats(abs_trace[:, -1], rel_trace[:, -1], steps, steps, abs_trace, rel_trace, status)
+
+
+def residuals(z: State, f_z: State) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """|f(z) - z| and |f(z) - z| / |f(z)| of every sample."""
+    absolute = batched.norm(batched.subtract(f_z, z))
+    return absolute, absolute / (batched.norm(f_z) + _EPSILON)
 
 
 def _unsolved(z_init) -> SolverStats:

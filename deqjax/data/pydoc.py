@@ -40,15 +40,31 @@ def pydoc(directory: str | os.PathLike) -> TextCorpus:
             raise DataError(
                 f"this Python has no pydoc_data.topics; copy train.txt, valid.txt, test.txt to {directory}."
             ) from error
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            for split, lines in split_topics(topics).items():
-                temporary = directory / f".{split}.txt.{os.getpid()}"
-                temporary.write_bytes("".join(f" {' '.join(words)} \n" if words else " \n" for words in lines).encode())
-                os.replace(temporary, directory / f"{split}.txt")
-        except OSError as error:
-            raise DataError(f"cannot write the corpus to {directory}: {error.strerror or error}.") from error
+        _write(directory, topics)
     return TextCorpus.load(directory)
+
+
+def _write(directory, topics):
+    """Writes the three files, each at once; whatever else has one of their names is somebody's and stays."""
+    files = {
+        split: "".join(f" {' '.join(words)} \n" if words else " \n" for words in lines).encode()
+        for split, lines in split_topics(topics).items()
+    }
+    try:
+        for split, content in files.items():
+            path = find_split(directory, split)
+            if path is not None and path.read_bytes() != content:
+                raise DataError(
+                    f"{path} is not the manual's, so nothing is written beside it. A corpus of your own needs train.txt, "
+                    "valid.txt and test.txt, and is read with --config.data.name=text."
+                )
+        directory.mkdir(parents=True, exist_ok=True)
+        for split, content in files.items():
+            temporary = directory / f".{split}.txt.{os.getpid()}"
+            temporary.write_bytes(content)
+            os.replace(temporary, directory / f"{split}.txt")
+    except OSError as error:
+        raise DataError(f"cannot write the corpus to {directory}: {error.strerror or error}.") from error
 
 
 def split_topics(topics: dict[str, str]) -> dict[str, list[list[str]]]:

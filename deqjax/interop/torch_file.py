@@ -5,6 +5,7 @@ view them. The pickle is read by an unpickler that knows the few constructors of
 """
 
 import collections
+import contextlib
 import os
 import pathlib
 import pickle
@@ -53,15 +54,17 @@ def read_checkpoint(path) -> dict[str, np.ndarray]:
             f"{path} is not a PyTorch checkpoint of the current (zip) format. If it is an older one, load it with PyTorch "
             "and save it again, or save it as .safetensors."
         )
-    with zipfile.ZipFile(path) as archive:
-        pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
-        if len(pickles) != 1:
-            raise CheckpointFileError(f"{path} is a zip archive but holds no PyTorch checkpoint (no data.pkl).")
-        with archive.open(pickles[0]) as file:
-            try:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
+            if len(pickles) != 1:
+                raise CheckpointFileError(f"{path} is a zip archive but holds no PyTorch checkpoint (no data.pkl).")
+            with archive.open(pickles[0]) as file:
                 content = _TensorUnpickler(file, archive, pickles[0].removesuffix("data.pkl")).load()
-            except (pickle.UnpicklingError, EOFError, KeyError, IndexError, AttributeError, TypeError, zipfile.BadZipFile) as e:
-                raise CheckpointFileError(f"{path} cannot be read as a checkpoint of tensors: {e}") from None
+    except CheckpointFileError:
+        raise
+    except Exception as error:  # what a damaged archive or pickle raises has no end
+        raise CheckpointFileError(f"{path} cannot be read as a checkpoint of tensors: {error}.") from None
     return _flat(content, path)
 
 
@@ -87,7 +90,8 @@ def write_checkpoint(path, state_dict: Mapping[str, np.ndarray]) -> None:
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         raise CheckpointFileError(f"{path} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _flat(content, path):

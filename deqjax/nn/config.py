@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from flax.core import FrozenDict
 
+from deqjax.core.gradients import Gradient, Phantom
+from deqjax.core.implicit import Implicit
 from deqjax.core.naming import did_you_mean
-from deqjax.core.solvers import solver_class
+from deqjax.core.solvers import Solver, get_solver
+from deqjax.core.solvers.torchdeq import torchdeq_solver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,10 +95,71 @@ class DEQConfig:
             object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
         _choice("core", self.core, ("sliced", "indexing"))
         _choice("preset", self.preset, (None, "torchdeq"))
-        for solver in (self.f_solver, self.b_solver):
-            if solver != "simple_fixed_point_iter":
-                solver_class(solver)
         _choice("norm_type", self.norm_type, ("weight_norm", "spectral_norm", "none"))
+        for name, least in (("f_max_iter", 0), ("eval_f_max_iter", 0), ("b_max_iter", 1), ("n_states", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more.")
+        if self.core == "indexing" and self.f_max_iter < 1:
+            raise ValueError('core="indexing" takes its states from the solve, but f_max_iter=0 solves nothing; use "sliced".')
+        if any(not 1 <= step <= self.f_max_iter for step in self.indexing):
+            raise ValueError(f"indexing={self.indexing}: steps must lie between 1 and f_max_iter={self.f_max_iter}.")
+        # Whatever else is wrong with a solver or a gradient shows when it is made.
+        self.forward_solver(self.f_max_iter, self.f_tol)
+        self.backward_solver()
+        self.gradients()
+
+    # What the settings stand for -------------------------------------------------------------------------------------
+
+    def eval_budget(self, f_max_iter: int | None = None, eval_f_max_iter: int | None = None) -> int:
+        """Solver steps in evaluation, by these settings or with others in their places.
+
+        Raises:
+          ValueError: there are none.
+        """
+        f_max_iter = self.f_max_iter if f_max_iter is None else f_max_iter
+        eval_f_max_iter = self.eval_f_max_iter if eval_f_max_iter is None else eval_f_max_iter
+        budget = eval_f_max_iter if eval_f_max_iter > 0 else int(f_max_iter * self.eval_factor)
+        if budget < 1:
+            raise ValueError(
+                f"evaluation would take no solver step (f_max_iter={f_max_iter}, eval_factor={self.eval_factor}): set "
+                "eval_f_max_iter, for a model that is trained by unrolling to the number of steps that it was trained with."
+            )
+        return budget
+
+    def forward_solver(self, max_iter: int, tol: float, options: Mapping | None = None) -> Solver:
+        """The solver of the forward problem; `options` come before `f_options`."""
+        return self._solver(self.f_solver, max_iter, tol, self.f_stop_mode, {**self.f_options, **(options or {})})
+
+    def backward_solver(self) -> Solver:
+        """The solver of the adjoint system."""
+        return self._solver(self.b_solver, self.b_max_iter, self.b_tol, self.b_stop_mode, self.b_options)
+
+    def _solver(self, name, max_iter, tol, stop_mode, options):
+        if self.preset == "torchdeq" or name == "simple_fixed_point_iter":
+            return torchdeq_solver(name, max_iter, tol, stop_mode, **options)
+        return get_solver(name, **{"max_steps": max_iter, "tol": tol, "stop_mode": stop_mode, **options})
+
+    def gradients(self, f_max_iter: int | None = None) -> list[Gradient]:
+        """A rule for each solved state (a phantom rule may supervise several)."""
+        n_solved = len(self.step_lists(self.f_max_iter if f_max_iter is None else f_max_iter))
+        rules: list[Gradient] = [
+            Phantom(
+                steps=steps,
+                damping=self.tau,
+                sample_every=max(self.sup_gap, 0),
+                sample_at=self.sup_loc,
+                remat=self.remat,
+            )
+            for steps in self.phantom_steps(n_solved)
+        ]
+        if self.ift or self.hook_ift:
+            rules[-1] = Implicit(solver=self.backward_solver(), jacobian_at="point" if self.hook_ift else "image")
+        return rules
+
+    @property
+    def n_supervised(self) -> int:
+        """How many states a training forward pass returns."""
+        return sum(rule.n_states for rule in self.gradients())
 
     def step_lists(self, f_max_iter: int) -> tuple[int, ...]:
         """When states are supervised: evaluation counts for the indexing core, budgets of each slice for the sliced one."""

@@ -1,5 +1,6 @@
 """The equilibrium layer: which solver, which gradient, which states to supervise."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -7,12 +8,10 @@ import jax
 from flax import nnx
 
 from deqjax.core.annotations import Array, Key, PyTree, State
-from deqjax.core.gradients import Gradient, Phantom, adjoint_probe, damped
+from deqjax.core.gradients import adjoint_probe, damped
 from deqjax.core.hoist import Hoisted, as_state, hoist
 from deqjax.core.implicit import Implicit
 from deqjax.core.solve import solve
-from deqjax.core.solvers import Solver, get_solver
-from deqjax.core.solvers.torchdeq import torchdeq_solver
 from deqjax.core.stability import spectral_radius
 from deqjax.core.stats import SolverStats
 from deqjax.nn.config import DEQConfig
@@ -20,7 +19,10 @@ from deqjax.nn.variables import AdjointProbe
 
 
 class DEQOutput(NamedTuple):
-    """States to decode, earliest first (one in evaluation); statistics of the last solve; `[B]` spectral radius or None."""
+    """States to decode, earliest first (one in evaluation); statistics; `[B]` spectral radius or None.
+
+    The statistics are those of the last solve, with the steps of all.
+    """
 
     states: tuple
     stats: SolverStats
@@ -71,25 +73,26 @@ class DEQ(nnx.Module):
         if train:
             run = self._indexed if self.config.core == "indexing" else self._sliced
             return DEQOutput(*run(f, z_init, max_iter, options), None)
-        budget = eval_max_iter if eval_max_iter > 0 else int(max_iter * self.config.eval_factor)
+        budget = self.config.eval_budget(max_iter, eval_max_iter)
         return self._evaluate(f, z_init, budget, options, key, radius_start)
 
     def _sliced(self, f, z, max_iter, options):
         """A solve per state, each starting from the last differentiable state of the one before."""
         budgets = self.config.step_lists(max_iter)
-        states, stats = [], None
-        for budget, gradient in zip(budgets, self._gradients(len(budgets)), strict=True):
+        states, stats, steps = [], None, 0
+        for budget, gradient in zip(budgets, self.config.gradients(max_iter), strict=True):
             solved = self._solve(f, jax.lax.stop_gradient(z), budget, self.config.f_tol, options)
             states += gradient.attach(f, solved.value, self.probe[...], solved.method)
             z, stats = states[-1], solved.stats
-        return tuple(states), stats
+            steps = steps + stats.steps
+        return tuple(states), dataclasses.replace(stats, steps=steps)
 
     def _indexed(self, f, z, max_iter, options):
         """One solve, sampled on its way."""
         steps = self.config.step_lists(max_iter)
         solved = self._solve(f, jax.lax.stop_gradient(z), max_iter, self.config.f_tol, options, steps)
         states = []
-        for z_hat, gradient in zip(solved.samples, self._gradients(len(steps)), strict=True):
+        for z_hat, gradient in zip(solved.samples, self.config.gradients(max_iter), strict=True):
             states += gradient.attach(f, z_hat, self.probe[...], solved.method)
         return tuple(states), solved.stats
 
@@ -101,42 +104,15 @@ class DEQ(nnx.Module):
         if config.sradius_mode:
             key = jax.random.key(0) if key is None else key
             radius = spectral_radius(f.detached(), z_hat, key, start=radius_start)
-        states = Implicit(solver=self.backward_solver(), polish=False).attach(f, z_hat, self.probe[...], method)
+        states = Implicit(solver=self.config.backward_solver(), polish=False).attach(f, z_hat, self.probe[...], method)
         return DEQOutput(states, stats, radius)
 
     def _solve(self, f: Hoisted, z, budget, tol, options, sample_at=()):
-        options = {**self.config.f_options, **options}
+        tol = options.pop("f_tol", tol)
         if self.config.preset == "torchdeq" and self.config.f_solver in ("picard", "fixed_point_iter"):
             # The original measures the residual of the damped map.
-            tau = options.pop("tau", options.pop("damping", 1.0))
+            options = {**self.config.f_options, "tau": 1.0, **options}
+            tau, options = options["tau"], options | {"tau": 1.0}
             f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
-        tol = options.pop("f_tol", tol)
-        solver = self._named_solver(self.config.f_solver, budget, tol, self.config.f_stop_mode, options)
+        solver = self.config.forward_solver(budget, tol, options)
         return solve(f.detached(), z, solver, sample_at)
-
-    def backward_solver(self) -> Solver:
-        """The solver of the adjoint system."""
-        config = self.config
-        return self._named_solver(config.b_solver, config.b_max_iter, config.b_tol, config.b_stop_mode, config.b_options)
-
-    def _named_solver(self, name, max_iter, tol, stop_mode, options):
-        if self.config.preset == "torchdeq" or name == "simple_fixed_point_iter":
-            return torchdeq_solver(name, max_iter, tol, stop_mode, **options)
-        return get_solver(name, max_steps=max_iter, tol=tol, stop_mode=stop_mode, **options)
-
-    def _gradients(self, n_states: int) -> list[Gradient]:
-        config = self.config
-        rules: list[Gradient] = [
-            Phantom(
-                steps=steps,
-                damping=config.tau,
-                sample_every=max(config.sup_gap, 0),
-                sample_at=tuple(config.sup_loc),
-                remat=config.remat,
-            )
-            for steps in config.phantom_steps(n_states)
-        ]
-        if config.ift or config.hook_ift:
-            at = "point" if config.hook_ift else "image"
-            rules[-1] = Implicit(solver=self.backward_solver(), jacobian_at=at)
-        return rules

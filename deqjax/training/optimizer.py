@@ -121,8 +121,9 @@ def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] =
     """The optimiser of `config.optimizer`.
 
     Args:
-      config: name, learning_rate (see `learning_rate` for its schedule); optionally b1, b2, eps, momentum, weight_decay
-        (part of the gradient, as in PyTorch; adamw alone decouples it) and clip (of the gradient's norm; 0: none).
+      config: name, learning_rate (see `learning_rate` for its schedule); optionally b1, b2, eps, decay (rmsprop's alpha),
+        momentum, nesterov, weight_decay (part of the gradient, as in PyTorch; adamw alone decouples it) and clip (of the
+        gradient's norm; 0: none).
       tied: see `tie_updates`.
     """
     name = config.get("name", "adam")
@@ -134,9 +135,9 @@ def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] =
     if name in ("adam", "adamw"):
         parts.append(optax.scale_by_adam(config.get("b1", 0.9), config.get("b2", 0.999), config.get("eps", 1e-8)))
     elif name == "rmsprop":
-        parts.append(optax.scale_by_rms(config.get("b2", 0.99), config.get("eps", 1e-8), eps_in_sqrt=False))
+        parts.append(optax.scale_by_rms(config.get("decay", 0.99), config.get("eps", 1e-8), eps_in_sqrt=False))
     elif name == "adagrad":
-        parts.append(optax.scale_by_rss(initial_accumulator_value=0.0, eps=config.get("eps", 1e-10)))
+        parts.append(_scale_by_adagrad(config.get("eps", 1e-10)))
     if name in ("sgd", "rmsprop") and config.get("momentum", 0.0):
         parts.append(optax.trace(config["momentum"], nesterov=config.get("nesterov", False)))
     if decay and name == "adamw":
@@ -144,7 +145,20 @@ def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] =
     clip = [clip_by_global_norm(float(config["clip"]))] if config.get("clip", 0.0) else []
     tie = [tie_updates(tied)] if tied else []
     rate = optax.scale_by_learning_rate(learning_rate(config))
-    return optax.chain(*clip, leave_untouched(optax.chain(*parts)), rate, *tie)
+    return optax.chain(*clip, leave_untouched(optax.chain(*(parts or [optax.identity()]))), rate, *tie)
+
+
+def _scale_by_adagrad(eps: float) -> optax.GradientTransformation:
+    """g / (sqrt(sum of g^2) + eps); optax has eps under the root."""
+
+    def init(params):
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(updates, sums, params=None):
+        sums = jax.tree.map(lambda s, g: s + jnp.square(g), sums, updates)
+        return jax.tree.map(lambda s, g: g / (jnp.sqrt(s) + eps), sums, updates), sums
+
+    return optax.GradientTransformation(init, update)
 
 
 def _check(setting, value, known):

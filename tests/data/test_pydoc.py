@@ -67,3 +67,15 @@ def test_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
         pydoc(tmp_path / "file")
+
+
+def test_files_of_somebody_else_are_left_alone(tmp_path):
+    (tmp_path / "train.txt").write_text("my own words\n")
+    with pytest.raises(DataError, match=r"data\.name=text"):
+        pydoc(tmp_path)
+    assert (tmp_path / "train.txt").read_text() == "my own words\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interrupted_first_use_is_completed(folder, tmp_path):
+    (tmp_path / "train.txt").write_bytes((folder / "train.txt").read_bytes())
+    assert len(pydoc(tmp_path).test) == len(pydoc(folder).test)

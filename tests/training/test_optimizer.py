@@ -85,14 +85,24 @@ def test_weight_decay_is_part_of_adams_gradient_as_in_pytorch():
     np.testing.assert_allclose(updates["w"], 0.1 * (1 - 0.5 * 2.0), atol=1e-6)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "adagrad"])
-def test_every_optimizer_descends(name):
-    optimizer, x = build_optimizer({"name": name, "learning_rate": 0.05, "momentum": 0.5}), jnp.asarray([1.0, -1.0])
+def test_every_optimizer_descends(name, momentum):
+    optimizer, x = build_optimizer({"name": name, "learning_rate": 0.05, "momentum": momentum}), jnp.asarray([1.0, -1.0])
     state = optimizer.init(x)
     for _ in range(50):
         updates, state = optimizer.update(2 * x, state, x)
         x = optax.apply_updates(x, updates)
     assert float(jnp.max(jnp.abs(x))) < 0.6
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adagrad"])
+def test_small_gradients_are_scaled_as_in_pytorch(name):
+    optimizer, x = build_optimizer({"name": name, "learning_rate": 1.0, "eps": 1e-8}), jnp.asarray([1.0])
+    updates, _ = optimizer.update(jnp.asarray([1e-6]), optimizer.init(x), x)
+    # adagrad: g / (|g| + eps); rmsprop: the mean square is a hundredth of g^2.
+    root = 1e-6 if name == "adagrad" else 1e-7
+    np.testing.assert_allclose(updates, -1e-6 / (root + 1e-8), rtol=1e-6)
 
 
 @pytest.mark.parametrize("config, message", [({"name": "adm"}, "did you mean 'adam'"), ({"schedule": "cosin"}, "'cosine'")])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deqjax.core import batched
 from deqjax.core.annotations import Array, ArrayLike, Float, Int
 from deqjax.models.transformer.config import TransformerConfig
 
@@ -162,8 +163,9 @@ class AdaptiveSoftmax(nnx.Module):
 
             def visit(_, k):
                 rows = jax.lax.dynamic_slice_in_dim(order, k * chunk, chunk, axis=1)
-                skip = lambda rows: jnp.zeros(rows.shape, h.dtype)  # noqa: E731
-                return None, jax.lax.cond(k * chunk < needed, lambda r: expand(r).astype(h.dtype), skip, rows)
+                dtype = batched.accumulation_dtype(h)
+                skip = lambda rows: jnp.zeros(rows.shape, dtype)  # noqa: E731
+                return None, jax.lax.cond(k * chunk < needed, expand, skip, rows)
 
             _, values = jax.lax.scan(visit, None, jnp.arange(n_chunks))
             values = jnp.moveaxis(values, 0, 1).reshape(B, -1)
@@ -183,5 +185,5 @@ class AdaptiveSoftmax(nnx.Module):
 
 def _logits(h, table, bias):
     logits = h @ table.T
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(batched.accumulation_dtype(logits))
     return logits + bias.reshape((1,) * (logits.ndim - 1) + (-1,)).astype(logits.dtype)

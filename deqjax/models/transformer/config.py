@@ -71,13 +71,25 @@ class TransformerConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}.")
+        for name in ("n_tokens", "d_model", "n_head", "d_head", "d_inner", "n_layer", "embed_width", "div_val"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('embed_width', 'd_embed')}={getattr(self, name)}: must be positive.")
+        for name in ("dropout", "dropatt"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must lie between 0 and 1.")
+        if self.mem_len < 0 or (self.local_size or 0) < 0:
+            raise ValueError(f"mem_len={self.mem_len}, local_size={self.local_size}: must not be negative.")
+        if self.recipe == "deq-seq" and self.n_layer != 1:
+            raise ValueError(f"n_layer={self.n_layer}: the deq-seq cell is one block; several are the deq-lm recipe's.")
         if self.d_model % 2:
             raise ValueError(f"d_model={self.d_model}: must be even, positions are pairs of sine and cosine.")
         if self.n_head * self.d_head != self.d_model:
             raise ValueError(f"n_head*d_head = {self.n_head}*{self.d_head} must equal d_model={self.d_model}.")
         ends = [0, *self.cutoffs, self.n_tokens]
-        if sorted(set(ends)) != ends:
-            raise ValueError(f"cutoffs={tuple(self.cutoffs)}: must increase and lie below n_tokens={self.n_tokens}.")
+        if sorted(set(ends)) != ends or not all(isinstance(end, int) for end in ends):
+            raise ValueError(
+                f"cutoffs={tuple(self.cutoffs)}: must be integers that increase and lie below n_tokens={self.n_tokens}."
+            )
 
     @property
     def affine(self) -> bool:
@@ -112,7 +124,7 @@ class TransformerConfig:
     @property
     def cluster_widths(self) -> list[int]:
         """Embedding width of every cluster."""
-        return [self.embed_width // self.div_val**i for i in range(len(self.cutoffs) + 1)]
+        return [max(self.embed_width // self.div_val**i, 1) for i in range(len(self.cutoffs) + 1)]
 
     @property
     def has_projections(self) -> bool:

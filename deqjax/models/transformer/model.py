@@ -42,6 +42,7 @@ class Output(NamedTuple):
     stats: SolverStats
     memory: Memory  # for the next segment
     injection: Injection
+    spectral_radius: jax.Array | None  # [B], in evaluation with `sradius_mode`
 
 
 class Linear(nnx.Module):
@@ -100,16 +101,9 @@ class DEQTransformer(nnx.Module):
         tokens = VariationalDropout(rate, (2,))
         output = tuple(
             tokens.mask(None if key is None else jax.random.fold_in(keys[3], k), (batch, length, config.d_model))
-            for k in range(self.n_states)
+            for k in range(self.deq.config.n_supervised)
         )
         return Masks(embedding, position, blocks, output)
-
-    @property
-    def n_states(self) -> int:
-        """An upper bound of the states supervised in training."""
-        config = self.deq.config
-        budgets = config.step_lists(config.f_max_iter)
-        return sum(max(1, steps) for steps in config.phantom_steps(len(budgets)))
 
     # Solve -----------------------------------------------------------------------------------------------------------
 
@@ -124,29 +118,43 @@ class DEQTransformer(nnx.Module):
         unroll: int | None = None,
         solver_options: Mapping | None = None,
     ) -> Output:
-        """Solves for the hidden states of a segment.
+        """The hidden states of a segment: `encode`, then `solve` with the same arguments."""
+        injection = self.encode(tokens, memory, masks, train=train)
+        return self.solve(injection, memory, train=train, z_init=z_init, unroll=unroll, solver_options=solver_options)
+
+    def solve(
+        self,
+        injection: Injection,
+        memory: Memory,
+        *,
+        train: bool = False,
+        z_init: Float[Array, "B L D"] | None = None,
+        unroll: int | None = None,
+        solver_options: Mapping | None = None,
+    ) -> Output:
+        """Solves for the hidden states of an encoded segment. Changes nothing in the model.
 
         Args:
-          tokens: `[B, L]` ids.
+          injection: of the segment.
           memory: of the segments before.
-          z_init: `[B, L, D]` warm start; None starts from zeros.
-          unroll: apply f so many times to zeros instead of solving (the pre-training phase).
+          train: supervised states with gradients, or the single result.
+          z_init: warm start; None starts from zeros.
+          unroll: apply f so many times instead of solving (the pre-training phase).
           solver_options: see `DEQ`.
         """
-        injection = self.encode(tokens, memory, masks, train=train)
         f = lambda z: self.cell(z, injection)  # noqa: E731
         if z_init is None:
-            z_init = jnp.zeros((*tokens.shape, self.config.d_model))
+            z_init = jnp.zeros((*injection.u.shape[:2], self.config.d_model))
         z_init = z_init.astype(injection.u.dtype)
         if unroll is not None:
             z, _ = jax.lax.scan(lambda z, _: (f(z), None), z_init, length=unroll)
-            states, stats = (z,), _monitor(f, z)
+            states, stats, radius = (z,), _monitor(f, z), None
         else:
-            states, stats, _ = self.deq(f, z_init, train=train, solver_options=solver_options)
+            states, stats, radius = self.deq(f, z_init, train=train, solver_options=solver_options)
             if stats.abs_trace.shape[1] == 0:
                 stats = _monitor(f, states[-1])
         memory = memory.append(states[-1], injection.u, self.config.mem_len)
-        return Output(states, stats, memory, injection)
+        return Output(states, stats, memory, injection, radius)
 
     # Decode ----------------------------------------------------------------------------------------------------------
 
