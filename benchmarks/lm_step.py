@@ -6,7 +6,6 @@ The model has its published size; the tokens are random, so no data is needed.
 """
 
 import argparse
-import importlib.util
 import resource
 import time
 
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 
 from deqjax.data.text import EOS, TextCorpus, Vocabulary
+from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import count_parameters
 from deqjax.training.step import prepare, step_function
@@ -61,15 +61,6 @@ def peak_memory() -> int:
     """Bytes at the peak so far: of the accelerator where it counts them, else of this process."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def load_config(path: str):
-    """The config in `FILE.py` or `FILE.py:variant`."""
-    file, _, variant = path.partition(":")
-    spec = importlib.util.spec_from_file_location("benchmarked_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant) if variant else module.get_config()
 
 
 def main():

@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.first_update_full_lr = False
-    config.steps = config.optimizer.max_steps = 2000
+    config.steps = 2000
     config.log_every = 50
     config.eval_every = 250
     config.checkpoint_every = 50

@@ -10,7 +10,7 @@ Papers: Deep Equilibrium Models (arXiv 1909.01377), Stabilizing Equilibrium Mode
 | (none) | deq-lm: 3 pre-norm blocks, a 12-step unroll | 22.34 / 21.85 |
 | `:seq_ift` | deq-seq: post-norm, implicit gradients, Broyden 35/35 | 23.78 / 23.31 |
 | `:seq_ift_jr` | the same with Jacobian regularisation | 23.67 / 23.16 |
-| `:mem480`, `:seq_ift+mem480`, ... | evaluation with memory 480 | |
+| `:mem480`, `:seq_ift+mem480`, ... | evaluation with memory 480, of the run given by `--workdir` | |
 
 The numbers are those that the TorchDEQ DEQ Zoo reports for its 98M-parameter models. Hardware there: 4 GPUs, 6.7 GB each,
 for deq-lm. Not reproduced here yet.
@@ -77,13 +77,26 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.deq.b_tol = 1e-3
     config.deq.b_stop_mode = "rel"
     config.deq.eval_f_max_iter = 12
+    config.deq.eval_factor = 1.0
+    config.deq.eval_f_tol = config_dict.placeholder(float)  # f_tol
+    config.deq.preset = config_dict.placeholder(str)  # "torchdeq": the original's solvers, step for step
     config.deq.ift = False
+    config.deq.hook_ift = False
     config.deq.grad = 12
+    config.deq.sup_gap = -1
+    config.deq.sup_loc = ()
+    config.deq.indexing = ()
     config.deq.tau = 1.0
     config.deq.n_states = 1
     config.deq.gamma = 0.8
     config.deq.remat = True
     config.deq.norm_type = "weight_norm"
+    config.deq.norm_no_scale = False
+    config.deq.norm_clip = False
+    config.deq.norm_clip_value = 1.0
+    config.deq.norm_target_norm = 1.0
+    config.deq.sn_n_power_iters = 1
+    config.deq.sradius_mode = False
     config.deq.jac_loss_weight = 0.0
     config.deq.jac_loss_freq = 0.0
     config.deq.jac_incremental = 0
@@ -94,6 +107,9 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
+    config.optimizer.decay = 0.99  # of rmsprop
+    config.optimizer.momentum = 0.0
+    config.optimizer.nesterov = False
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip = 0.25
     config.optimizer.schedule = "cosine"
@@ -101,12 +117,15 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.optimizer.lr_min = 0.0
     # The original's first update runs at the full rate, by accident of its scheduler.
     config.optimizer.first_update_full_lr = True
-    config.optimizer.max_steps = 150_000
+    config.steps = config_dict.FieldReference(150_000)
+    config.optimizer.max_steps = config.get_ref("steps")
 
-    config.steps = 150_000
     config.log_every = 200
     config.eval_every = 5000
     config.checkpoint_every = 1000
+    config.keep = 1
+    config.best_metric = "loss"
+    config.best_mode = "min"
     config.max_bad_steps = 20
     config.resume = ""
     config.init_from = ""
@@ -132,7 +151,7 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
         config.deq.ift = True
         config.deq.grad = 1
         config.optimizer.warmup_steps = 16000
-        config.steps = config.optimizer.max_steps = 300_000
+        config.steps = 300_000
     if "seq_ift_jr" in chosen:
         config.deq.jac_loss_weight = 0.1
         config.deq.jac_loss_freq = 0.4

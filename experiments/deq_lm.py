@@ -63,12 +63,16 @@ class LanguageModelTask:
         self.config = config
         if config.data.name not in CORPORA:
             raise ValueError(f"data.name={config.data.name!r}: must be one of {', '.join(CORPORA)}.")
+        _check_settings(config)
         self.corpus = CORPORA[config.data.name](config.data.dir) if corpus is None else corpus
         self.deq = DEQConfig.from_config(config.deq)
         self.architecture = TransformerConfig(n_tokens=len(self.corpus.vocab), **config.model)
         self._evaluate_segment = jax.jit(self._segment, static_argnums=(0, 1))
         self.items_per_step = ("tokens", config.data.batch_size * config.data.length)
         self.fingerprint = self.corpus.vocab.fingerprint()
+        self.deq.eval_budget()
+        for split in ("train", "valid", "test"):
+            self.data(split)  # too short a split shows now, not at the first evaluation
         self.tied_updates = [[("lm", *path) for path in group] for group in twice_held_projections(self.architecture)]
 
     def model(self, rngs: nnx.Rngs) -> StreamingModel:
@@ -211,8 +215,9 @@ class LanguageModelTask:
             return jax.random.categorical(key, logits), out.states[-1], memory
 
         prompt = self.corpus.vocab.encode(options.prompt.split())
-        memory = Memory.empty(1, capacity, config.d_model)
-        cold = jnp.zeros((1, 1, config.d_model))
+        mesh = make_mesh(self.config.get("mesh"))
+        memory = Memory(**place_whole(mesh, Memory.empty(1, capacity, config.d_model)._asdict()))
+        cold = place_whole(mesh, {"z": jnp.zeros((1, 1, config.d_model))})["z"]
         z, tokens, key = cold, [0, *map(int, prompt)], jax.random.key(options.seed)
         for n in range(len(tokens) - 1 + options.n_tokens):
             # An unrolled cell has no equilibrium to start from.
@@ -221,6 +226,18 @@ class LanguageModelTask:
             if n + 1 >= len(tokens):
                 tokens.append(int(token))
         return self.corpus.vocab.decode(tokens[1:]).replace(" <eos> ", "\n").replace("<eos>", "\n")
+
+
+def _check_settings(config) -> None:
+    """Raises ValueError for a number that cannot be."""
+    data, generate = config.data, config.generate
+    least = {f"data.{name}": (data[name], 1) for name in ("batch_size", "length", "eval_batch_size", "eval_length")}
+    least |= {"data.eval_mem_len": (data.eval_mem_len, 0), "pretrain_steps": (config.pretrain_steps, 0)}
+    least |= {"pretrain_unroll": (config.pretrain_unroll, 1)}
+    least |= {f"generate.{name}": (generate[name], 0) for name in ("n_tokens", "top_k", "temperature")}
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise ValueError(f"{name}={value}: must be {minimum} or more.")
 
 
 def _vitals(stats: SolverStats) -> dict:

@@ -30,8 +30,10 @@ class Checkpoints:
         absl_logging.set_verbosity(absl_logging.ERROR)
         self.directory = Path(workdir).absolute() / FOLDER
         policies = ocp.checkpoint_managers
+        # A checkpoint that was ranked by another metric counts as the worst.
+        value = lambda metrics: metrics.get(metric, float("inf") if mode == "min" else -float("inf"))  # noqa: E731
         best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[metric],
+            get_metric_fn=value,
             reverse=mode == "min",
             n=keep,
             keep_checkpoints_without_metrics=False,
@@ -41,13 +43,13 @@ class Checkpoints:
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-                    best_fn=lambda metrics: metrics[metric],
+                    best_fn=value,
                     best_mode=mode,
                 ),
                 item_names=("state", "meta"),
             )
-        except OSError as error:
-            raise UserError(f"Cannot keep checkpoints in {self.directory}: {error}.") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"Cannot keep checkpoints in {self.directory}: {_first_line(error)}.") from error
 
     def latest_step(self) -> int | None:
         """Of the last committed checkpoint."""
@@ -55,7 +57,10 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Of the best evaluated checkpoint."""
-        return self._manager.best_step()
+        try:
+            return self._manager.best_step()
+        except (OSError, ValueError) as error:
+            raise UserError(f"The metrics kept in {self.directory} cannot be read: {_first_line(error)}.") from error
 
     def save(self, step: int, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
         """Starts to save; an earlier checkpoint goes only after this one is committed.
@@ -127,8 +132,8 @@ class Checkpoints:
         latest = committed_steps(self.directory.parent)
         kept = f"The checkpoint of step {latest[-1]} is intact" if latest else "There is no earlier checkpoint"
         return UserError(
-            f"Saving a checkpoint to {self.directory} failed, so the run stops here: {_first_line(error)}. {kept}. Make "
-            "space (or choose another --workdir) and start the same command again."
+            f"Saving a checkpoint to {self.directory} failed, so the run stops here: {_first_line(error)}. {kept}. Once there "
+            "is space (or with another --workdir) the same command goes on from there."
         )
 
     def _damaged(self, step, error) -> UserError:
@@ -209,6 +214,8 @@ def _check_same(source, saved: dict, wanted: dict) -> None:
     def shape(leaf):
         return tuple(leaf.shape or ())
 
+    # What holds nothing is not stored.
+    saved, wanted = ({path: leaf for path, leaf in leaves.items() if 0 not in shape(leaf)} for leaves in (saved, wanted))
     differing = [
         path
         for path in sorted(saved.keys() | wanted.keys())

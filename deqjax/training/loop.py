@@ -20,7 +20,7 @@ from deqjax.training.mesh import batch_devices, make_mesh, place_batch
 from deqjax.training.metrics import MetricWriter, Progress, Sums
 from deqjax.training.optimizer import learning_rate
 from deqjax.training.signals import StopFlag
-from deqjax.training.start import meta, start, trained_model
+from deqjax.training.start import meta, start, trained_model, write_config
 from deqjax.training.state import TrainState, count_parameters
 from deqjax.training.step import prepare, step_function
 from deqjax.training.task import Task
@@ -57,6 +57,7 @@ def train(task: Task, config: Mapping, workdir) -> TrainState:
     # Restore: own checkpoint > resume > initialise from > scratch ----------------------------------------------------
     checkpoints = Checkpoints(workdir, int(config.get("keep", 1)), metric, mode)
     state = start(task, config, checkpoints, program)
+    write_config(meta(task, config)["config"], workdir)
     first_step = step = int(state.step)
     best = float(state.best)
     if step >= total_steps:

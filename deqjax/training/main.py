@@ -5,10 +5,8 @@
 A user's mistake ends in one paragraph on stderr and exit status 2, never in a traceback.
 """
 
-import errno
+import importlib.util
 import itertools
-import json
-import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from deqjax.core.naming import did_you_mean
 from deqjax.data.errors import DataError
 from deqjax.training.errors import UserError
 from deqjax.training.task import Task
@@ -50,9 +49,7 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
     except (UserError, DataError) as error:
         return _complain(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        return _complain(f"{error.strerror}: {error.filename or options.workdir}.")
+        return _complain(f"{error.strerror or error}: {error.filename or options.workdir}.")
     return 0
 
 
@@ -71,7 +68,6 @@ def _run_mode(make_task, options) -> None:
     from deqjax.training.start import trained_model
 
     if options.mode == "train":
-        _write_config(config, workdir)
         train(task, config, workdir)
         return
     if options.mode == "eval" and not hasattr(task, "report"):
@@ -107,6 +103,7 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
         raise UserError(f"--config is missing. {usage}")
     if not Path(path.split(":", 1)[0]).is_file():
         raise UserError(f"--config={path}: there is no such file.{_available(path)}")
+    _check_overrides(argv, load_config(path))
     try:
         rest = values(argv)
         name = path.split(":", 1)[0]
@@ -122,6 +119,38 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
         variant = path.partition(":")[2].replace("/", "_")
         values.workdir = str(Path(default_workdir) / (Path(name).stem + (f"_{variant}" if variant else "")))
     return values
+
+
+def load_config(path: str):
+    """The config in `FILE.py` or `FILE.py:variant`.
+
+    Raises:
+      UserError: the file cannot be read as one.
+    """
+    name, _, variant = path.partition(":")
+    spec = importlib.util.spec_from_file_location("config_file", name)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(variant) if variant else module.get_config()
+    except Exception as error:  # a config is code, and what code raises has no end
+        raise UserError(f"--config={path} cannot be used: {type(error).__name__}: {_message(error)}") from error
+
+
+def _check_overrides(argv, config) -> None:
+    """Names the nearest key of an override that the config does not have."""
+    for arg in argv[1:]:
+        name = arg.partition("=")[0].lstrip("-")
+        if not arg.startswith("-") or not name.startswith("config."):
+            continue
+        section, done = config, "config"
+        for key in name.split(".")[1:]:
+            keys = list(section.keys()) if hasattr(section, "keys") else []
+            if key not in keys:
+                hint = did_you_mean(key, keys) or "."
+                there = f"It has: {', '.join(keys)}." if keys else "It is a value, not a section."
+                raise UserError(f"--{name}: {done} has no {key!r}{hint} {there}")
+            section, done = section[key], f"{done}.{key}"
 
 
 def _config_path(argv) -> str | None:
@@ -152,13 +181,3 @@ def _complain(text: str) -> int:
         textwrap.fill("Error: " + " ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False), file=sys.stderr
     )
     return 2
-
-
-def _write_config(config, workdir: Path) -> None:
-    import jax
-
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(config.to_dict(), indent=2, default=str) + "\n"
-        (workdir / "config.json.tmp").write_text(text)
-        os.replace(workdir / "config.json.tmp", workdir / "config.json")

@@ -1,6 +1,7 @@
 """Where a run begins: at its own checkpoint, at another's, at given weights, or from scratch."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def start(task: Task, config: Mapping, checkpoints: Checkpoints, program: Progra
         other.close()
         return state
     if config.get("init_from"):
-        return initialise_from(task, config["init_from"], program)
+        return initialise_from(task, config, config["init_from"], program)
     say("Starting from scratch.")
     return program.init()
 
@@ -41,9 +42,8 @@ def restore(task: Task, config: Mapping, checkpoints: Checkpoints, step: int, pr
     where = f"The checkpoint {checkpoints.directory / str(step)}"
     if saved["task"] != now["task"]:
         raise UserError(f"{where} is of the task {saved['task']}, not {now['task']}. Choose another --workdir.")
+    _check_data(checkpoints, step, now)
     state = checkpoints.restore(step, program.shapes, program.shardings)
-    if saved["fingerprint"] != now["fingerprint"]:
-        raise UserError(f"{where} was made with other data (its fingerprint differs). Choose another --workdir.")
     say(f"Restored step {step} from {checkpoints.directory}.")
     before, after = named_leaves(saved["config"]), named_leaves(now["config"])
     for path in sorted(before.keys() | after.keys()):
@@ -52,12 +52,11 @@ def restore(task: Task, config: Mapping, checkpoints: Checkpoints, step: int, pr
     return state
 
 
-def initialise_from(task: Task, path: str, program: Program) -> TrainState:
-    """A new run with the weights of another run, or of a file that the task can import."""
+def initialise_from(task: Task, config: Mapping, path: str, program: Program) -> TrainState:
+    """A new run with the best weights of another run, or with those of a file that the task can import."""
     state = program.init()
     if Path(path).is_dir():
-        say(f"Initialised from the weights in {path}.")
-        return _inherit(state, program, path)
+        return _inherit(task, config, state, program, path)
     if not Path(path).exists():
         raise UserError(f"config.init_from={path!r}: there is no such file or run.")
     if not hasattr(task, "import_checkpoint"):
@@ -71,45 +70,58 @@ def initialise_from(task: Task, path: str, program: Program) -> TrainState:
     return state.replace(**fill(shapes, shardings, loaded, path))
 
 
-def _inherit(state: TrainState, program: Program, workdir: str) -> TrainState:
+def _inherit(task: Task, config: Mapping, state: TrainState, program: Program, workdir: str) -> TrainState:
     """All parameters of another run, and its statistics; not its memories and random streams, nor statistics of new parts."""
-    params = fill(program.shapes.params, program.shardings.params, load_params(workdir), workdir)
+    if not committed_steps(workdir):
+        raise UserError(f"There is no checkpoint in {workdir}.")
+    checkpoints = Checkpoints(workdir, metric=config.get("best_metric", "loss"), mode=config.get("best_mode", "min"))
+    best = checkpoints.best_step()
+    step = checkpoints.latest_step() if best is None else best
+    _check_data(checkpoints, step, meta(task, config))
+    checkpoints.close()
+    params = fill(program.shapes.params, program.shardings.params, load_params(workdir, step), workdir)
     current, own = named_leaves(state.variables), set()
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     for path, variable in jax.tree_util.tree_flatten_with_path(state.variables, is_leaf=is_variable)[0]:
         if isinstance(variable, BatchVariable | nnx.RngState):
             own |= {leaf_path(path) + inner for inner in named_leaves(variable)}
-    saved = load_arrays(workdir, lambda path: path[0] == "variables" and path[1:] in current and path[1:] not in own)
+    saved = load_arrays(workdir, lambda path: path[0] == "variables" and path[1:] in current and path[1:] not in own, step)
     saved = {path[1:]: array for path, array in named_leaves(saved).items()}
 
     def choose(path, old):
         new = saved.get(leaf_path(path))
         return old if new is None or new.shape != old.shape else jax.device_put(np.asarray(new, old.dtype), old.sharding)
 
+    say(f"Took the weights of step {step} from {workdir}.")
     return state.replace(params=params, variables=jax.tree_util.tree_map_with_path(choose, state.variables))
 
 
 def trained_model(task: Task, config: Mapping, workdir) -> nnx.Module:
-    """The model with the run's best weights, as `evaluate` chooses them.
+    """The model with the run's best weights, or else those of `config.init_from`; no optimiser, memory or clock.
 
     Raises:
       UserError: there are none.
     """
     program = prepare(task, config, make_mesh(config.get("mesh")))
-    if committed_steps(workdir):
-        checkpoints = Checkpoints(workdir, metric=config.get("best_metric", "loss"), mode=config.get("best_mode", "min"))
-        best = checkpoints.best_step()
-        step = checkpoints.latest_step() if best is None else best
-        state = restore(task, config, checkpoints, step, program)
-        checkpoints.close()
-    elif config.get("init_from"):
-        state = initialise_from(task, config["init_from"], program)
-    else:
+    source = str(workdir) if committed_steps(workdir) else config.get("init_from")
+    if not source:
         raise UserError(
             f"There is no checkpoint in {Path(workdir).absolute()}. Train first (--mode train), or name the weights to use "
             "(--workdir of a finished run, or --config.init_from)."
         )
-    return program.model(state)
+    return program.model(initialise_from(task, config, source, program))
+
+
+def _check_data(checkpoints: Checkpoints, step: int, now: dict) -> None:
+    """Refuses weights of the same task that were trained on other data, such as another vocabulary."""
+    saved = checkpoints.meta(step)
+    # As JSON gives it back.
+    fingerprint = json.loads(json.dumps(now["fingerprint"]))
+    if saved["task"] == now["task"] and saved["fingerprint"] != fingerprint:
+        raise UserError(
+            f"The checkpoint {checkpoints.directory / str(step)} was made with other data (its fingerprint differs). Choose "
+            "another --workdir, or the data it was made with."
+        )
 
 
 def meta(task: Task, config: Mapping) -> dict:
@@ -120,3 +132,12 @@ def meta(task: Task, config: Mapping) -> dict:
         "config": resolved,
         "fingerprint": getattr(task, "fingerprint", None),
     }
+
+
+def write_config(resolved: dict, workdir) -> None:
+    """The config of the run that has just begun, or gone on, as `workdir/config.json`."""
+    if jax.process_index() == 0:
+        path = Path(workdir) / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".tmp").write_text(json.dumps(resolved, indent=2, default=str) + "\n")
+        os.replace(path.with_suffix(".tmp"), path)

@@ -60,8 +60,8 @@ def named_leaves(tree) -> dict[tuple[str, ...], Any]:
 
 
 def to_nested_dict(tree) -> dict:
-    """Plain nested dicts of the leaves, which depend on no class of ours or of the optimiser."""
-    return nested_dict(named_leaves(tree))
+    """Plain nested dicts of the leaves that hold anything, which depend on no class of ours or of the optimiser."""
+    return nested_dict({path: leaf for path, leaf in named_leaves(tree).items() if leaf.size})
 
 
 def nested_dict(leaves: dict[tuple[str, ...], Any]) -> dict:
@@ -78,7 +78,9 @@ def nested_dict(leaves: dict[tuple[str, ...], Any]) -> dict:
 def from_nested_dict(template, nested: dict):
     """The inverse of `to_nested_dict`, given a tree of the same structure."""
 
-    def pick(path, _):
+    def pick(path, like):
+        if not like.size:
+            return jnp.zeros(like.shape, like.dtype, device=getattr(like, "sharding", None))
         inner = nested
         for name in leaf_path(path):
             inner = inner[name]

@@ -12,7 +12,7 @@ from flax import nnx
 from deqjax.core.gradients import PROBE_ENTRIES
 from deqjax.nn.variables import AdjointProbe
 from deqjax.training.errors import UserError
-from deqjax.training.mesh import state_shardings
+from deqjax.training.mesh import replicated, state_shardings
 from deqjax.training.optimizer import build_optimizer
 from deqjax.training.state import TrainState, merged, named_leaves
 from deqjax.training.task import Task
@@ -38,10 +38,14 @@ class Program(NamedTuple):
 
 
 def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
-    """Shapes, places and the compiled initialisation. Without a batch there are no metrics, hence no training."""
+    """Shapes, places and the compiled initialisation.
+
+    Without a batch there will be no training: no metrics, no optimiser, and memories need not be shared out.
+    """
     seed = int(config["seed"])
     best = np.inf if config.get("best_mode", "min") == "min" else -np.inf
-    optimizer = build_optimizer(config["optimizer"], getattr(task, "tied_updates", ()))
+    training = batch is not None
+    optimizer = build_optimizer(config["optimizer"], getattr(task, "tied_updates", ())) if training else optax.identity()
     new_model = lambda: task.model(nnx.Rngs(seed))  # noqa: E731
     try:
         abstract = nnx.eval_shape(new_model)
@@ -50,7 +54,7 @@ def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
     graphdef, params, probes, variables = nnx.split(abstract, nnx.Param, AdjointProbe, ...)
     probes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probes)
     metric_names: tuple[str, ...] = ()
-    if batch is not None:
+    if training:
         loss = loss_function(task, graphdef, jax.random.key(seed))
         metrics = jax.eval_shape(loss, params, probes, variables, batch, jnp.zeros((), jnp.int32))[1][0]
         backward = [f"backward/{name}" for name in BACKWARD_VITALS] if jax.tree.leaves(probes) else []
@@ -61,7 +65,7 @@ def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
         return TrainState.create(params, variables, optimizer, metric_names, best)
 
     shapes = jax.eval_shape(create)
-    shardings = state_shardings(mesh, shapes)
+    shardings = state_shardings(mesh, shapes) if training else jax.tree.map(lambda _: replicated(mesh), shapes)
     return Program(mesh, graphdef, probes, optimizer, jax.jit(create, out_shardings=shardings), shapes, shardings)
 
 

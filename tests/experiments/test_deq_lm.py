@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from configs import pydoc
-from deqjax.training.checkpoint import committed_steps, load_arrays
+from deqjax.training.checkpoint import Checkpoints, committed_steps, load_arrays
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import named_leaves
 from experiments.deq_lm import LanguageModelTask, main
@@ -131,16 +131,23 @@ def test_runs_killed_at_random_moments_end_like_an_unbroken_one(corpus, tmp_path
         np.testing.assert_array_equal(ours[path], array, err_msg="/".join(path))
 
 
-def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(corpus, tmp_path, capsys):
+def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(corpus, tmp_path, monkeypatch, capsys):
     assert main(command(tmp_path, corpus, steps=2)) == 0
     before = weights(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # A limit on the size of files makes real writes fail in the middle.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    save = Checkpoints.save
+
+    def on_a_full_disk(self, *args):
+        # A limit on the size of files makes real writes fail in the middle.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        return save(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", on_a_full_disk)
     try:
         assert main(command(tmp_path, corpus)) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
     err = " ".join(capsys.readouterr().err.split())
     assert "so the run stops here" in err and "Traceback" not in err
     for path, array in weights(tmp_path).items():
@@ -197,12 +204,48 @@ def test_the_pretraining_phase_unrolls_and_then_solves(corpus):
         (["--config.steps=many"], "steps"),
         (["--config.deq.f_solver=andersen"], "anderson"),
         (["--config.data.dir=/nowhere"], "/nowhere"),
+        (["--config.deq.f_slver=broyden"], "did you mean 'f_solver'"),
+        (["--config.deq.f_stop_mode=relative"], "stop_mode='relative'"),
+        (["--config.deq.grad=0", "--config.deq.ift=False"], "steps=0"),
+        (["--config.deq.f_max_iter=0", "--config.deq.eval_f_max_iter=0"], "no solver step"),
+        (["--config.deq.core=indexing", "--config.deq.indexing=(3,70)"], "between 1 and f_max_iter=24"),
+        (["--config.deq.sup_loc=(3,)", "--config.deq.ift=False"], "outside 1..1"),
+        (["--config.model.dropout=1.5"], "between 0 and 1"),
+        (["--config.model.n_layer=2"], "deq-seq cell is one block"),
+        (["--config.model.d_inner=0"], "d_inner=0: must be positive"),
+        (["--config.model.local_size=-1"], "must not be negative"),
+        (["--config.model.cutoffs=(90,)"], "lie below n_tokens"),
+        (["--config.data.length=0"], "data.length=0"),
+        (["--config.data.eval_batch_size=5000"], "5000 streams"),
+        (["--config.generate.top_k=-1"], "generate.top_k=-1"),
+        (["--config.optimizer.name=adamax"], "did you mean 'adam'"),
+        (["--workdir=/dev/null/run"], "/dev/null"),
     ],
 )
 def test_mistakes_are_explained_in_a_paragraph(extra, message, corpus, tmp_path, capsys):
     assert main([*command(tmp_path, corpus), *extra]) == 2
-    err = capsys.readouterr().err
+    err = " ".join(capsys.readouterr().err.split())
     assert message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model.mem_len": 0, "data.eval_mem_len": 0},
+        {"optimizer.name": "sgd", "optimizer.schedule": "inv_sqrt"},
+        {"deq.ift": False, "deq.grad": 3, "deq.sup_loc": (1, 2), "deq.remat": True, "model.dropatt": 0.2},
+        {"deq.core": "indexing", "deq.n_states": 3, "warm_start": True, "data.varlen": True},
+        {"deq.norm_type": "spectral_norm", "deq.sradius_mode": True, "pretrain_steps": 2},
+        {"model.dtype": "bfloat16", "model.tie_projections": "upstream", "model.tie_weights": False},
+    ],
+    ids=lambda changed: "+".join(changed),
+)
+def test_options_train_and_evaluate(changed, corpus, tmp_path, capsys):
+    arguments = [f"--config.{key}={value}" for key, value in changed.items()]
+    assert main([*command(tmp_path, corpus, steps=3, eval_every=0), *arguments]) == 0, capsys.readouterr().err
+    losses = [entry["train/loss"] for entry in lines(tmp_path) if "train/loss" in entry]
+    assert len(losses) == 3 and np.all(np.isfinite(losses))
+    assert any("test/perplexity" in entry for entry in lines(tmp_path))
 
 
 def test_missing_wikitext_says_where_it_comes_from(tmp_path, monkeypatch, capsys):

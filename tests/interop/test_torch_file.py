@@ -98,3 +98,22 @@ def test_files_that_are_no_checkpoints_are_explained(tmp_path):
     ):
         with pytest.raises(CheckpointFileError, match=message):
             read_checkpoint(tmp_path / name)
+
+
+def test_a_damaged_file_is_an_error_of_ours_whatever_is_damaged(tmp_path):
+    good, path = tmp_path / "good.pth", tmp_path / "bad.pth"
+    archive(good, torch_pickle((4,)), s0=np.arange(4, dtype=np.float32).tobytes())
+    np.testing.assert_array_equal(read_checkpoint(good)["w"], np.arange(4))
+    content, random = good.read_bytes(), np.random.default_rng(0)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointFileError):
+        read_checkpoint(path)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for position in random.integers(0, len(content), 3):
+            damaged[position] = random.integers(256)
+        path.write_bytes(bytes(damaged))
+        try:
+            read_checkpoint(path)
+        except CheckpointFileError:
+            continue

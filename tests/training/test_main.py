@@ -18,8 +18,8 @@ CONFIG = "--config=tests/training/tiny.py"
     [
         ([], "--config is missing"),
         (["--config=tests/training/absent.py"], "no such file. There are: .*tiny.py"),
-        ([CONFIG, "--config.stepz=3"], 'Did you mean "steps"'),
-        ([CONFIG, "--config.optimizer.clp=3"], 'Did you mean "clip"'),
+        ([CONFIG, "--config.stepz=3"], "did you mean 'steps'"),
+        ([CONFIG, "--config.optimizer.clp=3"], "did you mean 'clip'"),
         ([CONFIG, "--config.steps=few"], "few"),
         ([CONFIG, "--config.steps=1.5"], "1.5"),
         ([CONFIG, "--wrkdir=x"], "workdir"),
