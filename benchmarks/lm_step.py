@@ -73,6 +73,7 @@ def main():
     options = parser.parse_args()
     config = load_config(options.config)
     config.data.batch_size, config.data.length, config.model.dtype = options.batch, options.length, options.dtype
+    config.data.eval_batch_size = 1  # nothing is evaluated
     device = jax.devices()[0]
     print(f"{options.config}, batch {options.batch} x {options.length}, {options.dtype or 'float32'}, on {device.device_kind}")
     result = measure(config, options.steps)
