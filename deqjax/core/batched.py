@@ -105,6 +105,17 @@ def coefficients(history: PyTree[Inexact[Array, "B M ..."]], state: State) -> In
     return functools.reduce(operator.add, map(products, jax.tree.leaves(history), jax.tree.leaves(state)))
 
 
+def products(a: PyTree[Inexact[Array, "B M ..."]], b: PyTree[Inexact[Array, "B N ..."]]) -> Inexact[Array, "B M N"]:
+    """Inner products of every state of one history with every state of another."""
+    dtype = accumulation_dtype(a)
+
+    def contracted(x, y):
+        axes = string.ascii_lowercase[: x.ndim - 2]
+        return jnp.einsum(f"BM{axes},BN{axes}->BMN", x, y, precision=_HIGHEST, preferred_element_type=dtype)
+
+    return functools.reduce(operator.add, map(contracted, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
 def combine(history: PyTree[Inexact[Array, "B M ..."]], weights_BM: Inexact[Array, "B M"]) -> State:
     """The weighted sum over the history axis: a state."""
 

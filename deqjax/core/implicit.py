@@ -13,8 +13,14 @@ from deqjax.core.solve import solve
 from deqjax.core.solvers.anderson import Anderson
 from deqjax.core.solvers.base import Solver, require
 from deqjax.core.solvers.krylov import LinearSolver
+from deqjax.core.solvers.picard import Picard
 from deqjax.core.solvers.shine import SHINE
 from deqjax.core.stats import SolverStats
+
+
+def Neumann(terms: int) -> Picard:
+    """The first terms c + J^T c + (J^T)^2 c + ... of the adjoint solution, as `Implicit(solver=Neumann(terms))`."""
+    return Picard(max_steps=terms, monitor=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +28,8 @@ class Implicit(Gradient):
     """The implicit function theorem: with cotangent c at z*, solve u = J^T u + c and return u^T df/dtheta.
 
     Exact at convergence, with memory independent of the number of steps (Bai et al. 2019, section 3.2). The adjoint
-    system is linear: any solver of fixed points does it (`Picard(max_steps=k, monitor=False)` is a Neumann series of k
-    terms, see `Neumann`), or a Krylov method, or `SHINE`. Tolerances are relative by default, so that the gradient does not
+    system is linear: any solver of fixed points does it, a `Neumann` series, a Krylov method (`GMRES`, `BiCGSTAB`,
+    `NormalCG`), or `SHINE`. Tolerances are relative by default, so that the gradient does not
     depend on the scale of the loss. Differentiable again, in reverse mode.
 
     Attributes:

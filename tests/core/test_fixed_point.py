@@ -1,7 +1,6 @@
 """What a fixed-point solver and its gradients must satisfy."""
 
 import dataclasses
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +13,6 @@ from deqjax.core.solve import solve
 
 SOLVERS = [Picard(max_steps=120, tol=1e-13), Anderson(max_steps=60, tol=1e-13), Broyden(max_steps=60, tol=1e-13)]
 TIGHT = Implicit(solver=Anderson(max_steps=80, tol=1e-13))
-
-
-@pytest.fixture(autouse=True)
-def strict():
-    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
-
-
-@pytest.fixture(scope="module")
-def problem():
-    """A tanh contraction: W [8, 8], x [4, 8]."""
-    W = 0.4 * jax.random.normal(jax.random.key(0), (8, 8), jnp.float64) / 8**0.5
-    return W, jax.random.normal(jax.random.key(1), (4, 8), jnp.float64)
 
 
 def cell(z, W, x):

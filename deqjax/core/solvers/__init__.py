@@ -6,6 +6,7 @@ from deqjax.core.naming import did_you_mean
 from deqjax.core.solvers.anderson import Anderson
 from deqjax.core.solvers.base import Solver
 from deqjax.core.solvers.broyden import Broyden
+from deqjax.core.solvers.newton_krylov import NewtonKrylov
 from deqjax.core.solvers.picard import Picard
 
 _SOLVERS: dict[str, type[Solver]] = {
@@ -13,6 +14,7 @@ _SOLVERS: dict[str, type[Solver]] = {
     "fixed_point_iter": Picard,
     "anderson": Anderson,
     "broyden": Broyden,
+    "newton_krylov": NewtonKrylov,
 }
 
 

@@ -1,4 +1,4 @@
-"""Anderson acceleration (type II)."""
+"""Anderson acceleration, of types I and II."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,88 +7,122 @@ import jax
 import jax.numpy as jnp
 
 from deqjax.core import batched
+from deqjax.core.annotations import Array
+from deqjax.core.small_systems import solve_positive
 from deqjax.core.solvers.base import Solver, require
 
 
 class _State(NamedTuple):
     count: jax.Array  # evaluations so far
-    images: Any  # [B, M, ...] f(x_i)
-    residuals: Any  # [B, M, ...] g_i = f(x_i) - x_i
-    gram: jax.Array  # [B, M, M] <g_i, g_j>
+    images: Any  # [B, M, ...] past f(x)
+    residuals: Any  # [B, M, ...] past f(x) - x
+    gram: jax.Array  # [B, M, M] their inner products, updated a row at a time
+    kept: jax.Array  # [B, M] slots in use
+    lowest: jax.Array  # [B] smallest residual so far
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Anderson(Solver):
-    """The next point is the affine combination of the last `memory` images with the smallest linearised residual.
+    """Combines past evaluations so that their residuals cancel as well as they can.
 
-    With G the matrix of the last residuals, minimise |alpha G|^2 + ridge |alpha|^2 subject to sum(alpha) = 1, then
-    z <- damping * sum(alpha_i f(x_i)) + (1 - damping) * sum(alpha_i x_i). (Walker and Ni 2011, Anderson 1965;
-    the constrained form solved by its KKT system, as in the DEQ literature.)
+    With G the matrix of the last residuals and X that of their points, type II minimises |G alpha|^2 + ridge |alpha|^2
+    subject to sum(alpha) = 1; type I makes G alpha orthogonal to the differences of points (Fang and Saad 2009, where they
+    are the multisecant forms of the two Broyden methods). Then
+    z <- damping * sum(alpha_i f(x_i)) + (1 - damping) * sum(alpha_i x_i).
+    (Anderson 1965; Walker and Ni 2011.)
 
     Attributes:
       memory: how many past evaluations are combined, m in the literature.
+      kind: "II", or "I", which can take bolder steps and is better used with a safeguard.
       ridge: regularisation of the Gram matrix.
       ridge_mode: "relative" scales the ridge by the mean of the Gram matrix's diagonal, so that acceleration does not
         die once the residual is small; "absolute" uses it as it is (the original's `lam`).
       damping: 1 moves to the combined images, less mixes in the combined points; TorchDEQ's tau.
+      safeguard: a sample whose residual exceeds so many times its lowest forgets its history and takes a plain step; None
+        trusts every step.
     """
 
     memory: int = 6
+    kind: str = "II"
     ridge: float = 1e-8
     ridge_mode: str = "relative"
-    damping: float = 1.0
+    damping: float | Array = 1.0
+    safeguard: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require(self.memory >= 1, "memory", self.memory, "1 or more")
+        require(self.kind in ("I", "II"), "kind", self.kind, '"I" or "II"')
         require(self.ridge_mode in ("relative", "absolute"), "ridge_mode", self.ridge_mode, '"relative" or "absolute"')
 
     def init(self, z):
-        B, M = batched.batch_size(z), self.memory
-        dtype = batched.accumulation_dtype(z)
+        M = self.memory
+        zeros = jnp.zeros_like(batched.norm(z))
         images, residuals = batched.new_history(z, M), batched.new_history(z, M)
-        return _State(jnp.zeros((), jnp.int32), images, residuals, jnp.zeros((B, M, M), dtype))
+        per_slot = jnp.repeat(zeros[:, None], M, axis=1)
+        gram = jnp.repeat(per_slot[:, None], M, axis=1)
+        return _State(jnp.zeros((), jnp.int32), images, residuals, gram, per_slot != 0, zeros + jnp.inf)
 
     def step(self, f, z, f_z, state):
         slot = state.count % self.memory
         residual = batched.subtract(f_z, z)
+        kept, lowest = state.kept, state.lowest
+        if self.safeguard is not None:
+            size = batched.norm(residual)
+            kept = kept & (size <= self.safeguard * lowest)[:, None]
+            lowest = jnp.minimum(lowest, size)
+        kept = kept.at[:, slot].set(True)
         images = batched.write(state.images, slot, f_z)
         residuals = batched.write(state.residuals, slot, residual)
-        row = batched.coefficients(residuals, residual)
-        gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
-        state = _State(state.count + 1, images, residuals, gram)
+        if self.kind == "II":
+            row = batched.coefficients(residuals, residual)
+            gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
+            alpha = self._least_squares(gram, kept)
+        else:
+            # Only differences of points matter; taken from the present one they keep their digits.
+            offsets = jax.tree.map(lambda i, r, x: i - r - x[:, None], images, residuals, z)
+            gram, alpha = state.gram, self._orthogonal(batched.products(offsets, residuals), kept)
 
-        alpha = self._weights(gram, filled=jnp.minimum(state.count, self.memory))
         combined = batched.combine(images, alpha)
         if not (isinstance(self.damping, (int, float)) and self.damping == 1):
             # The first step has nothing to combine; it goes to f(z) as it is.
-            pull = jnp.where(state.count > 1, 1 - jnp.asarray(self.damping, alpha.dtype), 0)
+            pull = jnp.where(state.count > 0, 1 - jnp.asarray(self.damping, alpha.dtype), 0)
             combined = batched.add_scaled(combined, -pull * jnp.ones_like(alpha[:, 0]), batched.combine(residuals, alpha))
-        return combined, state
+        return combined, _State(state.count + 1, images, residuals, gram, kept, lowest)
 
-    def _weights(self, gram, filled):
-        """alpha [B, M], zero in slots that are not filled yet."""
-        M, dtype = self.memory, gram.dtype
-        valid = jnp.arange(M, dtype=jnp.int32) < filled
-        if self.ridge_mode == "relative":
-            diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
-            scale = jnp.sum(diagonal, axis=1) / filled.astype(dtype)
-            gram = gram / jnp.where(scale > 0, scale, 1)[:, None, None]
-            # Below the dtype's resolution a ridge does not regularise anything.
-            ridge = jnp.maximum(jnp.asarray(self.ridge, dtype), 4 * jnp.finfo(dtype).eps)
-        else:
-            ridge = jnp.asarray(self.ridge, dtype)
-        gram = jnp.where((valid[:, None] & valid[None, :])[None], gram, 0)
-        gram = gram + jnp.diag(jnp.where(valid, ridge, 1))[None]
-        # An empty slot has a unit diagonal and no share in the constraint, which makes its weight exactly zero.
-        border = jnp.broadcast_to(valid.astype(dtype)[None], gram.shape[:-1])
-        corner = jnp.zeros_like(gram[:, :1, :1])
-        kkt = jnp.concatenate(
-            [
-                jnp.concatenate([corner, border[:, None, :]], axis=2),
-                jnp.concatenate([border[:, :, None], gram], axis=2),
-            ],
-            axis=1,
-        )
-        one = jnp.zeros_like(kkt[:, 0]).at[:, 0].set(1)
-        return jnp.linalg.solve(kkt, one[..., None])[:, 1:, 0]
+    def _least_squares(self, gram, kept):
+        """Type II: alpha [B, M] in proportion to (G^T G + ridge)^-1 1; zero in slots not in use."""
+        gram, ridge = self._regularised(gram, kept, jnp.diagonal(gram, axis1=1, axis2=2))
+        # An empty slot has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
+        system = gram + _diagonal(jnp.where(kept, ridge, 1))
+        alpha = solve_positive(system, kept.astype(gram.dtype))
+        return alpha / jnp.sum(alpha, axis=1, keepdims=True)
+
+    def _orthogonal(self, products, kept):
+        """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system."""
+        diagonal = jnp.abs(jnp.diagonal(products, axis1=1, axis2=2))
+        products, ridge = self._regularised(products, kept, diagonal)
+        # Near a solution of a contraction these products are negative definite, so that is the sign of the ridge.
+        system = products - _diagonal(jnp.where(kept, ridge, -1))
+        border = kept.astype(products.dtype)
+        corner = jnp.zeros_like(products[:, :1, :1])
+        top = jnp.concatenate([corner, border[:, None, :]], axis=2)
+        bordered = jnp.concatenate([top, jnp.concatenate([border[:, :, None], system], axis=2)], axis=1)
+        one = jnp.zeros_like(bordered[:, 0]).at[:, 0].set(1)
+        return jnp.linalg.solve(bordered, one[..., None])[:, 1:, 0]
+
+    def _regularised(self, matrix, kept, diagonal):
+        """The matrix of the slots in use, scaled if the ridge is relative, and the ridge."""
+        dtype = matrix.dtype
+        matrix = jnp.where(kept[:, :, None] & kept[:, None, :], matrix, 0)
+        if self.ridge_mode == "absolute":
+            return matrix, jnp.asarray(self.ridge, dtype)
+        scale = jnp.sum(jnp.where(kept, diagonal, 0), axis=1) / jnp.sum(kept.astype(dtype), axis=1)
+        # Below the dtype's resolution a ridge does not regularise anything.
+        ridge = jnp.maximum(jnp.asarray(self.ridge, dtype), 4 * jnp.finfo(dtype).eps)
+        return matrix / jnp.where(scale > 0, scale, 1)[:, None, None], ridge
+
+
+def _diagonal(values_BM):
+    """`[B, M, M]` matrices with the given diagonals."""
+    return values_BM[:, :, None] * jnp.eye(values_BM.shape[1], dtype=values_BM.dtype)[None]

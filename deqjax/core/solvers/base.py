@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from deqjax.core.annotations import State
+from deqjax.core.annotations import Array, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,7 +13,7 @@ class Solver:
 
     Attributes:
       max_steps: budget of evaluations of f.
-      tol: a sample is finished once its residual is below this.
+      tol: a sample is finished once its residual is below this. May be traced: changing it compiles nothing anew.
       stop_mode: "rel" compares `|f(z) - z| / |f(z)|` with `tol`, "abs" compares `|f(z) - z|`.
       stop: "each" freezes a finished sample, so that its result does not depend on its batch mates; "all" moves every
         sample until all are below `tol` at once.
@@ -24,7 +24,7 @@ class Solver:
     """
 
     max_steps: int = 40
-    tol: float = 1e-3
+    tol: float | Array = 1e-3
     stop_mode: str = "rel"
     stop: str = "each"
     check_every: int = 1

@@ -14,7 +14,7 @@ from jax.interpreters import ad, batching
 from jax.scipy.sparse import linalg
 
 from deqjax.core import batched
-from deqjax.core.annotations import State
+from deqjax.core.annotations import Array, Float, State
 from deqjax.core.hoist import Hoisted
 from deqjax.core.solvers.base import require
 from deqjax.core.stats import SolverStats, Status
@@ -59,13 +59,14 @@ class LinearSolver:
     def __post_init__(self):
         require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
 
-    def solve(self, linear: Hoisted, c: State, method=None) -> tuple[State, SolverStats]:
+    def solve(self, linear: Hoisted, c: State, method=None, tol: Float[Array, " B"] | None = None) -> tuple[State, SolverStats]:
         """Solves u = A u + c.
 
         Args:
           linear: A on the batch; its samples must not depend on each other.
           c: right-hand side.
           method: state of the forward solver, of no use here.
+          tol: one for each sample instead of the solver's.
 
         Returns:
           The solution and its statistics; `jax.scipy` does not count its steps, so the budget stands for them. A sample
@@ -87,10 +88,12 @@ class LinearSolver:
             return lambda leaves: _one_sample.bind(*linear.constants, *leaves, **settings)
 
         matvec, rmatvec = operator(residual_map, transposed_map), operator(transposed_map, residual_map)
-        u = jax.tree.unflatten(structure, jax.vmap(lambda c: self._solve_one(matvec, rmatvec, c))(leaves))
-        return _checked(linear, u, c, self)
+        tol = jnp.full_like(batched.norm(c), self.tol) if tol is None else tol
+        solve_one = lambda c, tol: self._solve_one(matvec, rmatvec, c, tol)  # noqa: E731
+        u = jax.tree.unflatten(structure, jax.vmap(solve_one)(leaves, tol))
+        return _checked(linear, u, c, tol, self.max_steps)
 
-    def _solve_one(self, matvec, rmatvec, c: list) -> list:
+    def _solve_one(self, matvec, rmatvec, c: list, tol) -> list:
         """One sample: matvec(u) = c, given also the transposed map."""
         raise NotImplementedError
 
@@ -105,18 +108,18 @@ class GMRES(LinearSolver):
 
     restart: int = 20
 
-    def _solve_one(self, matvec, rmatvec, c):
+    def _solve_one(self, matvec, rmatvec, c, tol):
         restart = min(self.restart, self.max_steps)
         settings = {"restart": restart, "maxiter": -(-self.max_steps // restart), "solve_method": "incremental"}
-        return linalg.gmres(matvec, c, x0=_zeros(c), tol=self.tol, **settings)[0]
+        return linalg.gmres(matvec, c, x0=_zeros(c), tol=tol, **settings)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BiCGSTAB(LinearSolver):
     """Stabilised bi-conjugate gradients (van der Vorst 1992): two products a step, a fixed few states of memory."""
 
-    def _solve_one(self, matvec, rmatvec, c):
-        return linalg.bicgstab(matvec, c, x0=_zeros(c), tol=self.tol, maxiter=-(-self.max_steps // 2))[0]
+    def _solve_one(self, matvec, rmatvec, c, tol):
+        return linalg.bicgstab(matvec, c, x0=_zeros(c), tol=tol, maxiter=-(-self.max_steps // 2))[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,9 +129,9 @@ class NormalCG(LinearSolver):
     Every step takes a product with the Jacobian and one with its transpose. `tol` is of the normal equations' residual.
     """
 
-    def _solve_one(self, matvec, rmatvec, c):
+    def _solve_one(self, matvec, rmatvec, c, tol):
         rhs = rmatvec(c)
-        return linalg.cg(lambda u: rmatvec(matvec(u)), rhs, x0=_zeros(rhs), tol=self.tol, maxiter=-(-self.max_steps // 2))[0]
+        return linalg.cg(lambda u: rmatvec(matvec(u)), rhs, x0=_zeros(rhs), tol=tol, maxiter=-(-self.max_steps // 2))[0]
 
 
 def _zeros(like):
@@ -136,14 +139,14 @@ def _zeros(like):
     return [0 * x for x in like]
 
 
-def _checked(linear, u, c, solver) -> tuple[State, SolverStats]:
+def _checked(linear, u, c, tol, max_steps) -> tuple[State, SolverStats]:
     """The solution with its true residual; c in place of what is not finite."""
     image = jax.tree.map(jnp.add, linear(u), c)
     finite = jnp.isfinite(batched.norm(image)) & jnp.isfinite(batched.norm(u))
     absolute = jnp.where(finite, batched.norm(batched.subtract(image, u)), jnp.inf)
     relative = absolute / (batched.norm(image) + 1e-9)
-    status = jnp.where(absolute <= solver.tol * batched.norm(c), Status.CONVERGED, Status.STEP_LIMIT)
+    status = jnp.where(absolute <= tol * batched.norm(c), Status.CONVERGED, Status.STEP_LIMIT)
     status = jnp.where(finite, status, Status.NON_FINITE).astype(jnp.int32)
-    steps = jnp.full_like(status, solver.max_steps)
+    steps = jnp.full_like(status, max_steps)
     stats = SolverStats(absolute, relative, steps, steps, absolute[:, None], relative[:, None], status)
     return batched.select(finite, u, c), stats

@@ -3,6 +3,7 @@
 import dataclasses
 
 from deqjax.core import batched
+from deqjax.core.annotations import Array
 from deqjax.core.solvers.base import Solver
 
 
@@ -14,7 +15,7 @@ class Picard(Solver):
       damping: weight of f(z), TorchDEQ's tau; 1 is the plain iteration.
     """
 
-    damping: float = 1.0
+    damping: float | Array = 1.0
 
     def init(self, z):
         return ()

@@ -1,0 +1,34 @@
+"""Small symmetric systems, one per sample, as in Anderson acceleration."""
+
+import jax
+import jax.numpy as jnp
+
+from deqjax.core.annotations import Array, Inexact
+
+# Up to this size the factorisation is written out: a few dozen fused operations on [B] numbers, where a batched library
+# call would cost more than the solve's own step.
+_WRITTEN_OUT = 8
+
+
+def solve_positive(matrix: Inexact[Array, "B M M"], rhs: Inexact[Array, "B M"]) -> Inexact[Array, "B M"]:
+    """Solves symmetric positive definite systems by Cholesky factors; reads the lower triangles."""
+    M = rhs.shape[1]
+    if M > _WRITTEN_OUT:
+        return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), rhs[..., None])[..., 0]
+    # Rounding must not turn a pivot negative.
+    tiny = jnp.finfo(matrix.dtype).tiny
+    factor: list[list] = [[None] * M for _ in range(M)]
+    inverse_pivots = []
+    for j in range(M):
+        pivot = matrix[:, j, j] - sum(factor[j][k] ** 2 for k in range(j))
+        inverse_pivots.append(jax.lax.rsqrt(jnp.maximum(pivot, tiny)))
+        for i in range(j + 1, M):
+            below = matrix[:, i, j] - sum(factor[i][k] * factor[j][k] for k in range(j))
+            factor[i][j] = below * inverse_pivots[j]
+    half: list = []
+    for i in range(M):
+        half.append((rhs[:, i] - sum(factor[i][k] * half[k] for k in range(i))) * inverse_pivots[i])
+    x: list = [None] * M
+    for i in reversed(range(M)):
+        x[i] = (half[i] - sum(factor[k][i] * x[k] for k in range(i + 1, M))) * inverse_pivots[i]
+    return jnp.stack(x, axis=1)

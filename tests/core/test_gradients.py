@@ -1,0 +1,164 @@
+"""Every rule against unrolling, finite differences, or what it says of itself."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deqjax import (
+    GMRES,
+    SHINE,
+    Anderson,
+    BiCGSTAB,
+    Broyden,
+    Implicit,
+    Neumann,
+    NewtonKrylov,
+    NormalCG,
+    OneStep,
+    Picard,
+    Reversible,
+    Unrolled,
+    fixed_point,
+)
+from tests.core.test_fixed_point import cell, named
+
+TIGHT = Anderson(max_steps=80, tol=1e-14)
+ADJOINTS = [
+    Picard(max_steps=120, tol=1e-14),
+    Anderson(max_steps=60, tol=1e-14),
+    Broyden(max_steps=60, tol=1e-14),
+    NewtonKrylov(max_steps=15, tol=1e-13),
+    Neumann(80),
+    GMRES(max_steps=20, tol=1e-13),
+    BiCGSTAB(max_steps=40, tol=1e-13),
+    NormalCG(max_steps=80, tol=1e-13),
+    SHINE(refine=40, solver=Broyden(tol=1e-14)),
+]
+
+
+def loss(rule, solver=TIGHT):
+    def of(W, x):
+        return jnp.sum(fixed_point(cell, jnp.zeros_like(x), W, x, solver=solver, gradient=rule).value ** 3)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def expected(problem):
+    return jax.jit(jax.grad(loss(Unrolled(), Picard(max_steps=100)), argnums=(0, 1)))(*problem)
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=named)
+def test_every_adjoint_solver_gives_the_unrolled_gradient(adjoint, problem, expected):
+    solver = Broyden(max_steps=60, tol=1e-14, memory=None) if isinstance(adjoint, SHINE) else TIGHT
+    got = jax.jit(jax.grad(loss(Implicit(solver=adjoint), solver), argnums=(0, 1)))(*problem)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+@pytest.mark.parametrize("adjoint", [ADJOINTS[1], *ADJOINTS[5:8]], ids=named)
+def test_every_adjoint_solver_can_be_differentiated_again(adjoint, problem):
+    W, x = problem
+    of = lambda t: loss(Implicit(solver=adjoint))(t * W, x)
+    e = 1e-4
+    numerical = (jax.grad(of)(1 + e) - jax.grad(of)(1 - e)) / (2 * e)
+    np.testing.assert_allclose(jax.jit(jax.grad(jax.grad(of)))(1.0), numerical, rtol=1e-6)
+
+
+@pytest.mark.parametrize("adjoint", [ADJOINTS[1], GMRES(max_steps=20, tol=1e-14)], ids=named)
+def test_forward_mode_gives_every_derivative(adjoint, problem):
+    W, x = problem
+    forward = lambda t: loss(Implicit(solver=adjoint, forward_mode=True))(t * W, x)
+    reverse = lambda t: loss(Implicit(solver=adjoint))(t * W, x)
+    first, e = jax.jit(jax.grad(reverse)), 1e-4
+    numerical = (first(1 + e) - first(1 - e)) / (2 * e)
+    tangent = jax.jit(lambda t: jax.jvp(forward, (t,), (1.0,))[1])
+    np.testing.assert_allclose([tangent(1.0), jax.jit(jax.grad(forward))(1.0)], first(1.0), rtol=1e-9)
+    for second in (jax.hessian(forward), jax.jacrev(jax.jacfwd(forward))):
+        np.testing.assert_allclose(jax.jit(second)(1.0), numerical, rtol=1e-6)
+
+
+def test_krylov_adjoints_treat_samples_alone(problem):
+    """A sample's gradient is the same, whatever the others are."""
+    W, x = problem
+    rule = Implicit(solver=GMRES(max_steps=4, tol=1e-3))
+    gradient = jax.grad(lambda x: jnp.sum(fixed_point(cell, jnp.zeros_like(x), W, x, solver=TIGHT, gradient=rule).value))
+    np.testing.assert_allclose(gradient(x)[1:2], gradient(x[1:2]), atol=1e-13)
+
+
+@pytest.mark.parametrize("rule", [Implicit(solver=GMRES(max_steps=20, tol=1e-13)), Reversible()], ids=named)
+def test_integers_booleans_and_keys_may_be_captured(rule, problem):
+    W, x = problem
+    mask, table, key = jnp.arange(8) > 2, jnp.arange(8), jax.random.key(3)
+
+    def of(rule, solver):
+        def inner(W, mask, key):
+            noise = jax.random.normal(key, x.shape, x.dtype)
+            f = lambda z: jnp.where(mask[None], cell(z, W, x), 0.1 * z[:, table]) + 0.01 * noise
+            return jnp.sum(fixed_point(f, jnp.zeros_like(x), solver=solver, gradient=rule).value ** 2)
+
+        return jax.jit(jax.grad(inner))(W, mask, key)
+
+    solver = Picard(max_steps=80, tol=0.0) if isinstance(rule, Reversible) else TIGHT
+    np.testing.assert_allclose(of(rule, solver), of(Unrolled(), Picard(max_steps=100)), atol=1e-8)
+
+
+def test_the_reversible_gradient_is_that_of_its_own_steps(problem):
+    """Exact after any number of steps, converged or not, and to the start as well."""
+    W, x = problem
+    beta, steps = 0.6, 6
+
+    def by_hand(W, x, z_init):
+        y = z = z_init
+        for _ in range(steps):
+            y = (1 - beta) * y + beta * cell(z, W, x)
+            z = (1 - beta) * z + beta * cell(y, W, x)
+        return jnp.sum(z**3)
+
+    def reversible(W, x, z_init):
+        solver = Picard(max_steps=2 * steps, tol=0.0)
+        return jnp.sum(fixed_point(cell, z_init, W, x, solver=solver, gradient=Reversible(beta=beta)).value ** 3)
+
+    start = jnp.full_like(x, 0.3)
+    (a, da), (b, db) = (jax.jit(jax.value_and_grad(of, argnums=(0, 1, 2)))(W, x, start) for of in (by_hand, reversible))
+    np.testing.assert_allclose(a, b, rtol=1e-12)
+    for p, q in zip(da, db, strict=True):
+        np.testing.assert_allclose(p, q, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", [Implicit(), Reversible()], ids=named)
+def test_memory_does_not_grow_with_the_budget(rule, problem):
+    W, x = jnp.zeros((64, 64)), jnp.zeros((256, 64))
+
+    def bytes_of(max_steps):
+        adjoint = Picard(max_steps=max_steps)
+        chosen = dataclasses.replace(rule, solver=adjoint) if isinstance(rule, Implicit) else rule
+        gradient = jax.jit(jax.grad(loss(chosen, Picard(max_steps=max_steps))))
+        return gradient.lower(W, x).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = bytes_of(10), bytes_of(100)
+    # The residual traces are the only thing that the budget lengthens: 90 more numbers a sample, of each kind, twice.
+    assert many - few <= 2 * 4 * 90 * 256 * 8
+
+
+def test_shine_beats_the_one_step_gradient_and_needs_broyden(problem, expected):
+    forward = Broyden(max_steps=60, tol=1e-14, memory=None)
+    error = lambda rule: np.linalg.norm(jax.grad(loss(rule, forward))(*problem) - expected[0])
+    assert error(Implicit(solver=SHINE(refine=5))) < error(Implicit(solver=SHINE())) < error(OneStep())
+    with pytest.raises(TypeError, match=r"solver=Broyden\(memory=None\)"):
+        jax.grad(loss(Implicit(solver=SHINE()), Anderson()))(*problem)
+
+
+def test_a_solve_inside_a_solve(problem):
+    W, x = problem
+    inner = lambda z: fixed_point(lambda u: 0.3 * jnp.tanh(u) + z, jnp.zeros_like(z), solver=TIGHT).value
+    f = lambda z, W, x: jnp.tanh(inner(z) @ W + x)
+    rule = Implicit(solver=TIGHT)
+    solve = lambda W: fixed_point(f, jnp.zeros_like(x), W, x, solver=TIGHT, gradient=rule).value
+    of = jax.jit(jax.value_and_grad(lambda t: jnp.sum(solve(t * W) ** 2)))
+    e = 1e-5
+    numerical = (of(0.5 + e)[0] - of(0.5 - e)[0]) / (2 * e)
+    np.testing.assert_allclose(of(0.5)[1], numerical, rtol=1e-5)

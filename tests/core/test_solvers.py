@@ -1,0 +1,96 @@
+"""The methods on problems that tell them apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deqjax import Anderson, Broyden, NewtonKrylov, Picard, Status, fixed_point
+from deqjax.core.small_systems import solve_positive
+from tests.core.test_fixed_point import named
+
+
+def solved(f, shape, solver):
+    return fixed_point(f, jnp.zeros(shape), solver=solver)
+
+
+def with_spectrum(eigenvalues, key=0):
+    """A non-symmetric matrix with the given eigenvalues."""
+    n = len(eigenvalues)
+    basis = jax.random.normal(jax.random.key(key), (n, n)) + 2 * jnp.eye(n)
+    return jnp.linalg.solve(basis, jnp.diag(eigenvalues)) @ basis
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Anderson(max_steps=60, tol=1e-8),
+        Anderson(max_steps=60, tol=1e-8, kind="I", safeguard=10.0),
+        Broyden(max_steps=60, tol=1e-8),
+        NewtonKrylov(max_steps=20, tol=1e-8),
+    ],
+    ids=repr,
+)
+def test_a_rotation_that_picard_cannot_follow(solver):
+    """|eigenvalue| = 1.2 at right angles: plain iteration spirals outwards."""
+    turn = 1.2 * jnp.asarray([[0.0, -1.0], [1.0, 0.0]])
+    f = lambda z: z @ turn + 1.0
+    assert solved(f, (3, 2), Picard(max_steps=60, stop_mode="abs")).stats.status[0] == Status.DIVERGED
+    solution = solved(f, (3, 2), solver)
+    assert np.all(solution.stats.converged)
+    expected = jnp.linalg.solve((jnp.eye(2) - turn).T, jnp.ones(2))
+    np.testing.assert_allclose(solution.value, jnp.broadcast_to(expected, (3, 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [Anderson(max_steps=200, tol=1e-8), Broyden(max_steps=200, tol=1e-8)], ids=named)
+def test_stiff_and_non_normal(solver):
+    A = with_spectrum(jnp.linspace(-0.9, 0.97, 24))
+    stats = solved(lambda z: z @ A + 1.0, (2, 24), solver).stats
+    assert np.all(stats.converged), stats.explain()
+
+
+def test_badly_scaled_leaves_converge_together():
+    f = lambda s: (0.5 * s[0] + 1e-4 * s[1] + 1e6, 0.9 * s[1] + 1e-6)
+    solver = Anderson(max_steps=60, tol=1e-12)
+    big, small = fixed_point(f, (jnp.zeros((1, 3)), jnp.zeros((1, 3))), solver=solver).value
+    np.testing.assert_allclose(big, 2e6, rtol=1e-8)
+    np.testing.assert_allclose(small, 1e-5, atol=1e-4)
+
+
+def test_newton_converges_quadratically_at_the_end():
+    c = jnp.asarray([[2.0, 30.0], [7.0, 0.3]])
+    f = lambda z: z - 0.1 * (z**3 - c)
+    solution = fixed_point(f, jnp.ones_like(c), solver=NewtonKrylov(max_steps=30, tol=1e-13, line_search="sample"))
+    np.testing.assert_allclose(solution.value, jnp.cbrt(c), rtol=1e-10)
+    assert np.max(solution.stats.steps) < 20
+
+
+def test_anderson_of_type_one_is_broyden_like_on_linear_problems():
+    A = with_spectrum(jnp.asarray([0.9, -0.5, 0.3, 0.95]))
+    for kind in ("I", "II"):
+        stats = solved(lambda z: z @ A + 1.0, (1, 4), Anderson(max_steps=12, kind=kind, ridge=1e-14, tol=1e-9)).stats
+        assert stats.converged[0] and stats.steps[0] <= 8
+
+
+def test_the_safeguard_forgets_and_recovers():
+    """A map with a kink: history from one side misleads on the other."""
+    f = lambda z: jnp.where(z > 1.0, 0.2 * z + 0.9, 5.0 - 4.5 * z) * 0.6
+    trusting, guarded = (solved(f, (1, 6), Anderson(max_steps=80, tol=1e-8, safeguard=factor)).stats for factor in (None, 2.0))
+    assert guarded.rel_lowest[0] <= trusting.rel_lowest[0] or guarded.converged[0]
+
+
+@pytest.mark.parametrize("n", [1, 3, 6, 8, 12])
+def test_small_systems(n):
+    a = jax.random.normal(jax.random.key(n), (5, n, n))
+    matrix, rhs = a @ jnp.swapaxes(a, 1, 2) + 0.1 * jnp.eye(n)[None], jax.random.normal(jax.random.key(1), (5, n))
+    np.testing.assert_allclose(solve_positive(matrix, rhs), jnp.linalg.solve(matrix, rhs[..., None])[..., 0], rtol=1e-8)
+
+
+def test_nothing_compiles_again_when_numbers_change():
+    @jax.jit
+    def run(tol, damping, x):
+        return fixed_point(lambda z: 0.5 * z + x, jnp.zeros_like(x), solver=Picard(tol=tol, damping=damping)).stats.steps
+
+    for tol, damping, scale in ((1e-3, 1.0, 1.0), (1e-6, 0.5, 2.0)):
+        run(jnp.asarray(tol), jnp.asarray(damping), scale * jnp.ones((2, 3)))
+    assert run._cache_size() == 1
