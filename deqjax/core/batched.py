@@ -89,6 +89,20 @@ def write(history: PyTree[Inexact[Array, "B M ..."]], slot: Int[Array, ""], stat
     return jax.tree.map(lambda h, x: jax.lax.dynamic_update_index_in_dim(h, x, slot, axis=1), history, state)
 
 
+def write_after(
+    reads: PyTree, history: PyTree[Inexact[Array, "B M ..."]], slot: Int[Array, ""], state: State
+) -> PyTree[Inexact[Array, "B M ..."]]:
+    """Like `write`, but not before `reads`, a state that depends on the old history, is known.
+
+    A compiler that may do the write first has to copy the whole history beforehand. So what is written is made to depend on
+    the reads, by a condition that never holds, which the compiler does not know. It is one per sample, so that samples on
+    different devices have nothing to tell each other.
+    """
+    first = [x[(slice(None), *(0,) * (x.ndim - 1))] for x in jax.tree.leaves(reads)]
+    never_B = functools.reduce(operator.or_, (jnp.abs(x) > jnp.inf for x in first))
+    return write(history, slot, select(never_B, jax.tree.map(jnp.zeros_like, state), state))
+
+
 def read(history: PyTree[Inexact[Array, "B M ..."]], slot: Int[Array, ""]) -> State:
     """The state in the given slot."""
     return jax.tree.map(lambda h: jax.lax.dynamic_index_in_dim(h, slot, axis=1, keepdims=False), history)

@@ -11,7 +11,16 @@ _WRITTEN_OUT = 8
 
 
 def solve_positive(matrix: Inexact[Array, "B M M"], rhs: Inexact[Array, "B M"]) -> Inexact[Array, "B M"]:
-    """Solves symmetric positive definite systems by Cholesky factors; reads the lower triangles."""
+    """Solves symmetric positive definite systems by Cholesky factors.
+
+    Its derivatives are solves of the same systems: those through the factors of a nearly singular one are mostly rounding.
+    """
+    product = lambda x: jnp.einsum("BMN,BN->BM", matrix, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
+    factorised = lambda _, b: _cholesky_solve(matrix, b)  # noqa: E731
+    return jax.lax.custom_linear_solve(product, rhs, factorised, symmetric=True)
+
+
+def _cholesky_solve(matrix, rhs):
     M = rhs.shape[1]
     if M > _WRITTEN_OUT:
         return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), rhs[..., None])[..., 0]

@@ -72,31 +72,44 @@ class Anderson(Solver):
             kept = kept & (size <= self.safeguard * lowest)[:, None]
             lowest = jnp.minimum(lowest, size)
         kept = kept.at[:, slot].set(True)
-        images = batched.write(state.images, slot, f_z)
-        residuals = batched.write(state.residuals, slot, residual)
         if self.kind == "II":
-            row = batched.coefficients(residuals, residual)
+            row = batched.coefficients(state.residuals, residual).at[:, slot].set(batched.inner(residual, residual))
             gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
-            alpha = self._least_squares(gram, kept)
+            alpha = self._least_squares(gram, kept, slot)
         else:
+            images, residuals = batched.write(state.images, slot, f_z), batched.write(state.residuals, slot, residual)
             # Only differences of points matter; taken from the present one they keep their digits.
             offsets = jax.tree.map(lambda i, r, x: i - r - x[:, None], images, residuals, z)
             gram, alpha = state.gram, self._orthogonal(batched.products(offsets, residuals), kept)
 
-        combined = batched.combine(images, alpha)
+        # The newest evaluation is combined from where it is, and written last: see `batched.write_after`.
+        newest, older = alpha[:, slot], alpha.at[:, slot].set(0)
+        combined = batched.add_scaled(batched.combine(state.images, older), newest, f_z)
         if not (isinstance(self.damping, (int, float)) and self.damping == 1):
             # The first step has nothing to combine; it goes to f(z) as it is.
             pull = jnp.where(state.count > 0, 1 - jnp.asarray(self.damping, alpha.dtype), 0)
-            combined = batched.add_scaled(combined, -pull * jnp.ones_like(alpha[:, 0]), batched.combine(residuals, alpha))
+            pulled = batched.add_scaled(batched.combine(state.residuals, older), newest, residual)
+            combined = batched.add_scaled(combined, -pull * jnp.ones_like(newest), pulled)
+        images = batched.write_after(combined, state.images, slot, f_z)
+        residuals = batched.write_after(combined, state.residuals, slot, residual)
         return combined, _State(state.count + 1, images, residuals, gram, kept, lowest)
 
-    def _least_squares(self, gram, kept):
-        """Type II: alpha [B, M] in proportion to (G^T G + ridge)^-1 1; zero in slots not in use."""
+    def _least_squares(self, gram, kept, slot):
+        """Type II: alpha [B, M], zero in slots not in use.
+
+        The constraint is built in: alpha = (1 - sum(gamma)) in the newest slot and gamma in the others, which leaves an
+        unconstrained least-squares problem in the differences to the newest residual.
+        """
         gram, ridge = self._regularised(gram, kept, jnp.diagonal(gram, axis1=1, axis2=2))
-        # An empty slot has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
-        system = gram + _diagonal(jnp.where(kept, ridge, 1))
-        alpha = solve_positive(system, kept.astype(gram.dtype))
-        return alpha / jnp.sum(alpha, axis=1, keepdims=True)
+        gram = gram + ridge * jnp.eye(self.memory, dtype=gram.dtype)[None]
+        newest = gram[:, slot]
+        corner = newest[:, slot][:, None]
+        system = gram - newest[:, None, :] - newest[:, :, None] + corner[..., None]
+        others = kept & (jnp.arange(self.memory, dtype=slot.dtype) != slot)[None]
+        # A slot left out has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
+        system = jnp.where(others[:, :, None] & others[:, None, :], system, 0) + _diagonal(jnp.where(others, 0, 1))
+        gamma = solve_positive(system, jnp.where(others, corner - newest, 0))
+        return gamma.at[:, slot].set(1 - jnp.sum(gamma, axis=1))
 
     def _orthogonal(self, products, kept):
         """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system."""
@@ -125,4 +138,4 @@ class Anderson(Solver):
 
 def _diagonal(values_BM):
     """`[B, M, M]` matrices with the given diagonals."""
-    return values_BM[:, :, None] * jnp.eye(values_BM.shape[1], dtype=values_BM.dtype)[None]
+    return jnp.where(jnp.eye(values_BM.shape[1], dtype=bool)[None], values_BM[:, :, None], 0)

@@ -83,11 +83,12 @@ class Broyden(Solver):
         u = batched.add_scaled(jax.tree.map(jnp.zeros_like, z), _reciprocal(curvature, usable), numerator)
 
         # The next direction is by the improved estimate: one term more, and without the one that it replaces.
-        replaced = jnp.sum(jnp.where(here[None], weights, 0), axis=1)
-        H_g = batched.add_scaled(H_g, -replaced, batched.read(state.us, slot))
+        if self.when_full == "overwrite":
+            replaced = jnp.sum(jnp.where(here[None], weights, 0), axis=1)
+            H_g = batched.add_scaled(H_g, -replaced, batched.read(state.us, slot))
         H_g = batched.add_scaled(H_g, batched.inner(v, residual), u)
         direction = jax.tree.map(jnp.negative, H_g)
-        us, vs = batched.write(state.us, slot, u), batched.write(state.vs, slot, v)
+        us, vs = (batched.write_after(direction, history, slot, x) for history, x in ((state.us, u), (state.vs, v)))
 
         if self.line_search is None:
             length = state.length
