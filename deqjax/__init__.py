@@ -28,6 +28,7 @@ _PUBLIC = {
     "NormalCG": "deqjax.core.solvers.krylov",
     "SHINE": "deqjax.core.solvers.shine",
     "Unrolled": "deqjax.core.gradients",
+    "check_gradients": "deqjax.core.check",
     "adjoint_probe": "deqjax.core.gradients",
     "jacobian_loss": "deqjax.core.stability",
     "spectral_radius": "deqjax.core.stability",

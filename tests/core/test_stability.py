@@ -1,0 +1,43 @@
+"""Estimates of stability against matrices whose answers are known; the comparison of gradient rules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deqjax
+from deqjax import Anderson, jacobian_loss, spectral_radius
+from tests.core.test_solvers import with_spectrum
+
+
+def test_the_jacobian_loss_is_the_squared_norm_per_entry():
+    A = jax.random.normal(jax.random.key(0), (6, 6))
+    estimate = jacobian_loss(lambda z: z @ A, jnp.zeros((500, 6)), jax.random.key(1), n_probes=20)
+    np.testing.assert_allclose(estimate, jnp.sum(A**2) / 6, rtol=0.05)
+
+
+@pytest.mark.parametrize("method", ["power", "arnoldi"])
+def test_a_dominant_real_eigenvalue_is_found_by_both(method):
+    A = with_spectrum(jnp.asarray([0.9, -0.5, 0.3, 0.2, 0.1]))
+    radius = jax.jit(lambda key: spectral_radius(lambda z: z @ A, jnp.zeros((3, 5)), key, method=method))(jax.random.key(2))
+    np.testing.assert_allclose(radius, 0.9, rtol=1e-2)
+
+
+def test_arnoldi_sees_a_complex_pair_per_sample():
+    turn = jnp.asarray([[0.0, -1.0], [1.0, 0.0]])
+    A = jnp.zeros((6, 6)).at[:2, :2].set(0.8 * turn).at[2:, 2:].set(jnp.diag(jnp.asarray([0.5, 0.4, -0.3, 0.1])))
+    scale = jnp.asarray([1.0, 2.0])
+    f = lambda z: scale[:, None] * (z @ A)
+    radius = spectral_radius(f, jnp.zeros((2, 6)), jax.random.key(0), steps=6, method="arnoldi")
+    np.testing.assert_allclose(radius, [0.8, 1.6], rtol=1e-2)
+    with pytest.raises(ValueError, match="arnoldi"):
+        spectral_radius(f, jnp.zeros((2, 6)), jax.random.key(0), method="lanczos")
+
+
+def test_check_gradients_ranks_the_rules(problem):
+    f = lambda z, W, x, mask: jnp.where(mask[None], jnp.tanh(z @ W + x), 0.5 * z)
+    errors = deqjax.check_gradients(
+        f, jnp.zeros_like(problem[1]), *problem, jnp.arange(8) > 1, solver=Anderson(max_steps=30, tol=1e-12)
+    )
+    assert errors["implicit"] < 1e-5 and errors["unrolled"] < 1e-5
+    assert errors["unrolled"] < errors["phantom, 5 steps"] < errors["one step"]

@@ -1,0 +1,32 @@
+"""Pictures are drawn from statistics."""
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+from deqjax import Picard, fixed_point
+from deqjax.viz import plot_convergence
+
+matplotlib.use("Agg")
+
+
+@pytest.mark.parametrize("samples", [3, 40])
+def test_residuals_are_drawn_until_each_sample_ends(samples, tmp_path):
+    rates = jnp.linspace(0.1, 0.9, samples)
+    stats = fixed_point(lambda z: rates[:, None] * z + 1, jnp.zeros((samples, 2)), solver=Picard(max_steps=30)).stats
+    ax = plot_convergence(stats, tol=1e-3)
+    assert ax.get_yscale() == "log" and ax.get_xlabel() == "evaluations of f"
+    lines = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    assert len(lines) == (samples if samples == 3 else 1)
+    if samples == 3:
+        drawn = [np.isfinite(line.get_ydata()).sum() for line in lines]
+        np.testing.assert_array_equal(drawn, stats.steps)
+    ax.figure.savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_what_cannot_be_drawn_is_explained():
+    stats = fixed_point(lambda z: z, jnp.zeros((2, 2)), solver=Picard(max_steps=3)).stats
+    with pytest.raises(ValueError, match="mode='both'"):
+        plot_convergence(stats, mode="both")
