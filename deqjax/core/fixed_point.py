@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from deqjax.core import hoist as hoisting
 from deqjax.core.annotations import Array, Float, PyTree
@@ -61,7 +62,8 @@ def fixed_point(
       *args: further arguments of f; gradients flow to them.
       solver: of the forward problem.
       gradient: the rule that gives the value its gradient. No rule but `Unrolled` gives one to `z_init`.
-      batch_axis: 0 if every leaf is `[B, ...]` and samples are independent; None if the whole state is one problem.
+      batch_axis: which axis of every leaf counts independent samples; None if the whole state is one problem. The solver
+        works with that axis first, so any but 0 costs a transposition in every step unless the compiler can fold it away.
       sample_at: steps at which to record the best iterate.
       adjoint_probe: see `deqjax.core.gradients.adjoint_probe`.
 
@@ -73,40 +75,39 @@ def fixed_point(
         `Solution.stats`.
       ValueError: leaves do not share the batch axis, or `sample_at` does not fit the solver's budget.
     """
-    if batch_axis not in (0, None):
-        raise ValueError(f"batch_axis={batch_axis!r}: must be 0 (samples along the leading axis) or None (one problem).")
     z_init = hoisting.as_state(z_init)
-    if batch_axis is None:
-        # A leading axis of one sample; every operation below is then the same.
-        batched_f = lambda z: _add_axis(f(_drop_axis(z), *args))  # noqa: E731
-        z_init = _add_axis(z_init)
-    else:
-        _check_batch(z_init)
-        batched_f = lambda z: f(z, *args)  # noqa: E731
-
-    hoisted = hoisting.hoist(batched_f, z_init)
+    inward, outward = _to_batch_first(z_init, batch_axis)
+    z_init = inward(z_init)
+    hoisted = hoisting.hoist(lambda z: inward(f(outward(z), *args)), z_init)
     solved = gradient.solve(hoisted, z_init, solver, sample_at)
     states, samples = gradient.attach(hoisted, solved.value, adjoint_probe, solved.method), solved.samples
-    if batch_axis is None:
-        states, samples = _drop_axis(states), _drop_axis(samples)
+    states, samples = outward(states), outward(samples)
     return Solution(value=states[-1], states=states, samples=samples, stats=solved.stats)
 
 
-def _add_axis(tree):
-    return jax.tree.map(lambda x: x[None], tree)
+def _to_batch_first(z, batch_axis):
+    """The maps from the caller's layout to one with the samples along axis 0, and back."""
+    if batch_axis is None:
+        # One sample; every operation is then the same.
+        return lambda tree: jax.tree.map(lambda x: x[None], tree), lambda tree: jax.tree.map(lambda x: x[0], tree)
+    _check_batch(z, batch_axis)
+    if batch_axis == 0:
+        return lambda tree: tree, lambda tree: tree
+
+    def moved(source, destination):
+        return lambda tree: jax.tree.map(lambda x: jnp.moveaxis(x, source, destination), tree)
+
+    return moved(batch_axis, 0), moved(0, batch_axis)
 
 
-def _drop_axis(tree):
-    return jax.tree.map(lambda x: x[0], tree)
-
-
-def _check_batch(z):
+def _check_batch(z, axis):
     leaves = jax.tree_util.tree_leaves_with_path(z)
     if not leaves:
         raise ValueError("z_init has no leaves: there is nothing to solve for.")
-    sizes = {jax.tree_util.keystr(path): (x.shape[0] if x.ndim else None) for path, x in leaves}
+    length = lambda x: x.shape[axis] if -x.ndim <= axis < x.ndim else None  # noqa: E731
+    sizes = {jax.tree_util.keystr(path): length(x) for path, x in leaves}
     if len(set(sizes.values())) > 1 or None in sizes.values():
         raise ValueError(
-            f"every leaf of z_init needs the same leading batch axis, but their lengths are {sizes}. "
+            f"every leaf of z_init needs the same batch axis {axis}, but their lengths there are {sizes}. "
             "If the whole state is one problem, pass batch_axis=None."
         )

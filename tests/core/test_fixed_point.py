@@ -124,6 +124,42 @@ def test_the_whole_state_as_one_problem_and_vmap(problem):
     np.testing.assert_allclose(jax.vmap(one)(x), solved, atol=1e-11)
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+def test_the_batch_may_lie_along_another_axis(axis, problem):
+    W, x = problem
+    solve = lambda x, f, axis: fixed_point(f, jnp.zeros_like(x), solver=SOLVERS[1], batch_axis=axis)
+    expected = solve(x, lambda z: cell(z, W, x), 0)
+    got = solve(x.T, lambda z: cell(z.T, W, x).T, axis)
+    np.testing.assert_allclose(got.value.T, expected.value, atol=1e-12)
+    np.testing.assert_array_equal(got.stats.steps, expected.stats.steps)
+
+
+def test_a_batch_of_nothing_is_solved_at_once():
+    solution = fixed_point(lambda z: 0.5 * z, jnp.zeros((0, 3)))
+    assert solution.value.shape == (0, 3) and solution.stats.steps.shape == (0,)
+
+
+@pytest.mark.parametrize("solver", [Picard(tol=1e-6), Anderson(tol=1e-6), Broyden(tol=1e-6)], ids=named)
+def test_shard_map_stops_every_shard_on_its_own(solver):
+    """No collective at all: each device iterates until its own samples are done."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    rates = jnp.repeat(jnp.asarray([0.1, 0.9, 0.5, 0.8]), 2)
+
+    def run(rates):
+        solution = fixed_point(lambda z: rates[:, None] * z + 1.0, jnp.zeros((2, 3)) * rates[:, None], solver=solver)
+        return solution.value, solution.stats.steps
+
+    sharded = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
+    value, steps = sharded(rates)
+    for i in range(4):
+        alone_value, alone_steps = run(rates[2 * i : 2 * i + 2])
+        np.testing.assert_allclose(value[2 * i : 2 * i + 2], alone_value, atol=1e-12)
+        np.testing.assert_array_equal(steps[2 * i : 2 * i + 2], alone_steps)
+    text = sharded.lower(rates).compile().as_text()
+    assert "all-reduce" not in text and "all-gather" not in text
+
+
 @pytest.mark.parametrize("solver", [Picard(tol=1e-6), Anderson(tol=1e-6), Broyden(tol=1e-6)], ids=named)
 def test_a_sample_does_not_depend_on_its_batch_mates(solver):
     rates = jnp.asarray([0.1, 0.9, 0.5])
