@@ -26,6 +26,21 @@ class Hoisted(NamedTuple):
         """The same map without gradients to anything that f captured."""
         return self._replace(constants=[jax.lax.stop_gradient(c) for c in self.constants])
 
+    def split(self) -> tuple[list, list, Callable[[list, list], "Hoisted"]]:
+        """The constants that carry gradients, the others, and the map that makes a `Hoisted` of such lists.
+
+        Derivative rules take both as arguments: they may close over neither.
+        """
+        floating = [jnp.issubdtype(c.dtype, jnp.inexact) for c in self.constants]
+        smooth = [c for c, is_float in zip(self.constants, floating, strict=True) if is_float]
+        fixed = [c for c, is_float in zip(self.constants, floating, strict=True) if not is_float]
+
+        def rebuild(smooth, fixed):
+            remaining = (iter(fixed), iter(smooth))
+            return self._replace(constants=[next(remaining[is_float]) for is_float in floating])
+
+        return smooth, fixed, rebuild
+
 
 def hoist(f: Callable, z) -> Hoisted:
     """Traces f at a state like `z` and checks that it maps states to states.

@@ -52,15 +52,7 @@ class Implicit(Gradient):
             raise ValueError('forward_mode needs jacobian_at="point" and a solver that is not SHINE.')
 
     def attach(self, f, z_hat, probe=None, method=None):
-        function, captured = f
-        floating = [jnp.issubdtype(c.dtype, jnp.inexact) for c in captured]
-        smooth = [c for c, is_float in zip(captured, floating, strict=True) if is_float]
-        fixed = [c for c, is_float in zip(captured, floating, strict=True) if not is_float]
-
-        def rebuild(smooth, fixed) -> Hoisted:
-            remaining = (iter(fixed), iter(smooth))
-            return Hoisted(function, [next(remaining[is_float]) for is_float in floating])
-
+        smooth, fixed, rebuild = f.split()
         if self.forward_mode:
             return (self._with_tangents(rebuild, smooth, fixed, z_hat),)
         return (self._with_adjoint(rebuild, smooth, fixed, z_hat, probe, jax.lax.stop_gradient(method)),)

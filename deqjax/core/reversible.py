@@ -37,23 +37,16 @@ class Reversible(Gradient):
         if sample_at:
             raise ValueError("Reversible keeps no states on its way, so there are none to sample (sample_at).")
         n_steps = max(solver.max_steps // 2, 1)
-        function, captured = f
-        floating = [jnp.issubdtype(c.dtype, jnp.inexact) for c in captured]
-        smooth = [c for c, is_float in zip(captured, floating, strict=True) if is_float]
-        fixed = [c for c, is_float in zip(captured, floating, strict=True) if not is_float]
-
-        def apply(smooth, z):
-            remaining = (iter(fixed), iter(smooth))
-            return function([next(remaining[is_float]) for is_float in floating], z)
-
+        smooth, fixed, rebuild = f.split()
         mixed = lambda a, b: batched.mix(a, b, self.beta)  # noqa: E731
         unmixed = lambda new, b: jax.tree.map(lambda n, x: (n - self.beta * x) / (1 - self.beta), new, b)  # noqa: E731
 
         @jax.custom_vjp
-        def iterate(smooth, z_init):
-            return forward(smooth, z_init)[0]
+        def iterate(smooth, fixed, z_init):
+            return forward(smooth, fixed, z_init)[0]
 
-        def forward(smooth, z_init):
+        def forward(smooth, fixed, z_init):
+            f = rebuild(smooth, fixed)
             zero = jnp.zeros_like(batched.norm(z_init))
             trace = jnp.repeat(zero[:, None], n_steps, axis=1)
 
@@ -63,10 +56,10 @@ class Reversible(Gradient):
 
             def advance(carry):
                 step, y, z, _, abs_trace, rel_trace = carry
-                f_z = apply(smooth, z)
+                f_z = f(z)
                 absolute, relative = residuals(z, f_z)
                 y = mixed(y, f_z)
-                z = mixed(z, apply(smooth, y))
+                z = mixed(z, f(y))
                 done = jnp.all((absolute if solver.stop_mode == "abs" else relative) < solver.tol)
                 later = jnp.arange(n_steps, dtype=jnp.int32)[None] >= step
                 record = lambda trace, new: jnp.where(later, new[:, None], trace)  # noqa: E731
@@ -76,10 +69,11 @@ class Reversible(Gradient):
             step, y, z, _, abs_trace, rel_trace = jax.lax.while_loop(unfinished, advance, start)
             stats = statistics_of_traces(abs_trace, rel_trace, solver)
             taken = jnp.full_like(stats.steps, 2 * step)
-            return (z, dataclasses.replace(stats, steps=taken, best_step=taken)), (smooth, y, z, step)
+            return (z, dataclasses.replace(stats, steps=taken, best_step=taken)), (smooth, fixed, y, z, step)
 
         def backward(saved, cotangents):
-            smooth, y, z, step = saved
+            smooth, fixed, y, z, step = saved
+            apply = lambda smooth, z: rebuild(smooth, fixed)(z)  # noqa: E731
             z_bar, _ = cotangents
             nothing = jax.tree.map(jnp.zeros_like, (smooth, y))
             scaled = lambda tree, by: jax.tree.map(lambda x: x * jnp.asarray(by, x.dtype), tree)  # noqa: E731
@@ -99,10 +93,10 @@ class Reversible(Gradient):
 
             carry = (y, z, nothing[1], z_bar, nothing[0])
             _, _, y_bar, z_bar, smooth_bar = jax.lax.fori_loop(0, step, retreat, carry)
-            return smooth_bar, add(y_bar, z_bar)
+            return smooth_bar, None, add(y_bar, z_bar)
 
         iterate.defvjp(forward, backward)
-        z, stats = iterate(smooth, z_init)
+        z, stats = iterate(smooth, fixed, z_init)
         return Solved(z, (), jax.lax.stop_gradient(stats))
 
     def attach(self, f: Hoisted, z_hat, probe=None, method=None):
