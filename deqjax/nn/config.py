@@ -10,6 +10,7 @@ from deqjax.core.gradients import Gradient, Phantom
 from deqjax.core.implicit import Implicit
 from deqjax.core.naming import did_you_mean
 from deqjax.core.solvers import Solver, get_solver
+from deqjax.core.solvers.krylov import LINEAR_SOLVERS, LinearSolver
 from deqjax.core.solvers.torchdeq import torchdeq_solver
 
 
@@ -22,7 +23,8 @@ class DEQConfig:
       core: "sliced" runs a fresh solve per supervised state; "indexing" samples them from one solve.
       f_solver, f_max_iter, f_tol, f_stop_mode: the forward solve.
       f_options, b_options: further options of the solvers, e.g. `{"memory": 5}`.
-      b_solver, b_max_iter, b_tol, b_stop_mode: the adjoint solve.
+      b_solver, b_max_iter, b_tol, b_stop_mode: the adjoint solve; besides the forward solvers there are "gmres",
+        "bicgstab" and "normal_cg".
       eval_factor, eval_f_max_iter: budget of evaluation, as a multiple of f_max_iter or, if positive, outright.
       eval_f_tol: tolerance of evaluation; None takes f_tol.
       ift, hook_ift: implicit gradient for the last state, its Jacobian at f(z*) or at z*.
@@ -130,8 +132,11 @@ class DEQConfig:
         """The solver of the forward problem; `options` come before `f_options`."""
         return self._solver(self.f_solver, max_iter, tol, self.f_stop_mode, {**self.f_options, **(options or {})})
 
-    def backward_solver(self) -> Solver:
+    def backward_solver(self) -> Solver | LinearSolver:
         """The solver of the adjoint system."""
+        if self.b_solver in LINEAR_SOLVERS:
+            # Their tolerance is relative to the cotangent, whatever b_stop_mode.
+            return LINEAR_SOLVERS[self.b_solver](max_steps=self.b_max_iter, tol=self.b_tol, **self.b_options)
         return self._solver(self.b_solver, self.b_max_iter, self.b_tol, self.b_stop_mode, self.b_options)
 
     def _solver(self, name, max_iter, tol, stop_mode, options):

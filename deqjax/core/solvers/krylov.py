@@ -134,6 +134,10 @@ class NormalCG(LinearSolver):
         return linalg.cg(lambda u: rmatvec(matvec(u)), rhs, x0=_zeros(rhs), tol=tol, maxiter=-(-self.max_steps // 2))[0]
 
 
+# Their names in configs.
+LINEAR_SOLVERS: dict[str, type[LinearSolver]] = {"gmres": GMRES, "bicgstab": BiCGSTAB, "normal_cg": NormalCG}
+
+
 def _zeros(like):
     # A product, so that it depends on the sample as the stand-in's batching rule expects.
     return [0 * x for x in like]
