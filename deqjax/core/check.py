@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deqjax.core.annotations import Array, Key, PyTree
 from deqjax.core.fixed_point import fixed_point
-from deqjax.core.gradients import Gradient, OneStep, Phantom, Unrolled
+from deqjax.core.gradients import Gradient, OneStep, Phantom
 from deqjax.core.implicit import Implicit
 from deqjax.core.solvers import Anderson, Solver
 
@@ -55,7 +55,7 @@ def check_gradients(
             "implicit": Implicit(),
             "one step": OneStep(),
             "phantom, 5 steps": Phantom(steps=5),
-            "unrolled": Unrolled(),
+            "phantom, 50 steps": Phantom(steps=50),
         }
     is_float = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)  # noqa: E731
     flat, treedef = jax.tree.flatten(args)

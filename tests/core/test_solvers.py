@@ -83,7 +83,8 @@ def test_the_safeguard_forgets_and_recovers():
 def test_small_systems(n):
     a = jax.random.normal(jax.random.key(n), (5, n, n))
     matrix, rhs = a @ jnp.swapaxes(a, 1, 2) + 0.1 * jnp.eye(n)[None], jax.random.normal(jax.random.key(1), (5, n))
-    np.testing.assert_allclose(solve_positive(matrix, rhs), jnp.linalg.solve(matrix, rhs[..., None])[..., 0], rtol=1e-8)
+    got = solve_positive(jnp.moveaxis(matrix, 0, -1), rhs.T).T
+    np.testing.assert_allclose(got, jnp.linalg.solve(matrix, rhs[..., None])[..., 0], rtol=1e-8)
 
 
 def test_nothing_compiles_again_when_numbers_change():

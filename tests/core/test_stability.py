@@ -39,5 +39,6 @@ def test_check_gradients_ranks_the_rules(problem):
     errors = deqjax.check_gradients(
         f, jnp.zeros_like(problem[1]), *problem, jnp.arange(8) > 1, solver=Anderson(max_steps=30, tol=1e-12)
     )
-    assert errors["implicit"] < 1e-5 and errors["unrolled"] < 1e-5
-    assert errors["unrolled"] < errors["phantom, 5 steps"] < errors["one step"]
+    # Fifty steps from the solution are as good as exact where f contracts.
+    assert errors["implicit"] < 1e-5 and errors["phantom, 50 steps"] < 1e-8
+    assert errors["phantom, 50 steps"] < errors["phantom, 5 steps"] < errors["one step"]

@@ -16,7 +16,7 @@ class _State(NamedTuple):
     count: jax.Array  # evaluations so far
     images: Any  # [B, M, ...] past f(x)
     residuals: Any  # [B, M, ...] past f(x) - x
-    gram: jax.Array  # [B, M, M] their inner products, updated a row at a time
+    gram: jax.Array  # [M, M, B] their inner products, updated a row at a time
     kept: jax.Array  # [B, M] slots in use
     lowest: jax.Array  # [B] smallest residual so far
 
@@ -59,9 +59,9 @@ class Anderson(Solver):
         M = self.memory
         zeros = jnp.zeros_like(batched.norm(z))
         images, residuals = batched.new_history(z, M), batched.new_history(z, M)
-        per_slot = jnp.repeat(zeros[:, None], M, axis=1)
-        gram = jnp.repeat(per_slot[:, None], M, axis=1)
-        return _State(jnp.zeros((), jnp.int32), images, residuals, gram, per_slot != 0, zeros + jnp.inf)
+        per_slot = jnp.repeat(zeros[None], M, axis=0)
+        gram = jnp.repeat(per_slot[None], M, axis=0)
+        return _State(jnp.zeros((), jnp.int32), images, residuals, gram, per_slot.T != 0, zeros + jnp.inf)
 
     def step(self, f, z, f_z, state):
         slot = state.count % self.memory
@@ -74,8 +74,8 @@ class Anderson(Solver):
         kept = kept.at[:, slot].set(True)
         if self.kind == "II":
             row = batched.coefficients(state.residuals, residual).at[:, slot].set(batched.inner(residual, residual))
-            gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
-            alpha = self._least_squares(gram, kept, slot)
+            gram = state.gram.at[slot].set(row.T).at[:, slot].set(row.T)
+            alpha = self._least_squares(gram, kept.T, slot).T
         else:
             images, residuals = batched.write(state.images, slot, f_z), batched.write(state.residuals, slot, residual)
             # Only differences of points matter; taken from the present one they keep their digits.
@@ -95,28 +95,31 @@ class Anderson(Solver):
         return combined, _State(state.count + 1, images, residuals, gram, kept, lowest)
 
     def _least_squares(self, gram, kept, slot):
-        """Type II: alpha [B, M], zero in slots not in use.
+        """Type II: alpha [M, B], zero in slots not in use, from gram [M, M, B] and kept [M, B].
 
         The constraint is built in: alpha = (1 - sum(gamma)) in the newest slot and gamma in the others, which leaves an
         unconstrained least-squares problem in the differences to the newest residual.
         """
-        gram, ridge = self._regularised(gram, kept, jnp.diagonal(gram, axis1=1, axis2=2))
-        gram = gram + ridge * jnp.eye(self.memory, dtype=gram.dtype)[None]
-        newest = gram[:, slot]
-        corner = newest[:, slot][:, None]
-        system = gram - newest[:, None, :] - newest[:, :, None] + corner[..., None]
-        others = kept & (jnp.arange(self.memory, dtype=slot.dtype) != slot)[None]
+        M = self.memory
+        diagonal = jnp.stack([gram[i, i] for i in range(M)])
+        scale, ridge = self._scale(diagonal, kept, axis=0)
+        gram = gram / scale[None, None] + ridge * jnp.eye(M, dtype=gram.dtype)[:, :, None]
+        newest = gram[slot]
+        corner = newest[slot]
+        system = gram - newest[None] - newest[:, None] + corner[None, None]
+        others = kept & (jnp.arange(M, dtype=slot.dtype) != slot)[:, None]
         # A slot left out has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
-        system = jnp.where(others[:, :, None] & others[:, None, :], system, 0) + _diagonal(jnp.where(others, 0, 1))
-        gamma = solve_positive(system, jnp.where(others, corner - newest, 0))
-        return gamma.at[:, slot].set(1 - jnp.sum(gamma, axis=1))
+        unit = jnp.eye(M, dtype=gram.dtype)[:, :, None]
+        system = jnp.where(others[None] & others[:, None], system, unit)
+        gamma = solve_positive(system, jnp.where(others, corner[None] - newest, 0))
+        return gamma.at[slot].set(1 - jnp.sum(gamma, axis=0))
 
     def _orthogonal(self, products, kept):
-        """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system."""
-        diagonal = jnp.abs(jnp.diagonal(products, axis1=1, axis2=2))
-        products, ridge = self._regularised(products, kept, diagonal)
+        """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system; alpha [B, M]."""
+        products = jnp.where(kept[:, :, None] & kept[:, None, :], products, 0)
+        scale, ridge = self._scale(jnp.abs(jnp.diagonal(products, axis1=1, axis2=2)), kept, axis=1)
         # Near a solution of a contraction these products are negative definite, so that is the sign of the ridge.
-        system = products - _diagonal(jnp.where(kept, ridge, -1))
+        system = products / scale[:, None, None] - _diagonal(jnp.where(kept, ridge, -1))
         border = kept.astype(products.dtype)
         corner = jnp.zeros_like(products[:, :1, :1])
         top = jnp.concatenate([corner, border[:, None, :]], axis=2)
@@ -124,16 +127,15 @@ class Anderson(Solver):
         one = jnp.zeros_like(bordered[:, 0]).at[:, 0].set(1)
         return jnp.linalg.solve(bordered, one[..., None])[:, 1:, 0]
 
-    def _regularised(self, matrix, kept, diagonal):
-        """The matrix of the slots in use, scaled if the ridge is relative, and the ridge."""
-        dtype = matrix.dtype
-        matrix = jnp.where(kept[:, :, None] & kept[:, None, :], matrix, 0)
+    def _scale(self, diagonal, kept, axis):
+        """What to divide a matrix by, per sample [B], and the ridge to add to it then."""
+        dtype = diagonal.dtype
         if self.ridge_mode == "absolute":
-            return matrix, jnp.asarray(self.ridge, dtype)
-        scale = jnp.sum(jnp.where(kept, diagonal, 0), axis=1) / jnp.sum(kept.astype(dtype), axis=1)
+            return jnp.ones_like(jnp.sum(diagonal, axis=axis)), jnp.asarray(self.ridge, dtype)
+        scale = jnp.sum(jnp.where(kept, diagonal, 0), axis=axis) / jnp.sum(kept.astype(dtype), axis=axis)
         # Below the dtype's resolution a ridge does not regularise anything.
         ridge = jnp.maximum(jnp.asarray(self.ridge, dtype), 4 * jnp.finfo(dtype).eps)
-        return matrix / jnp.where(scale > 0, scale, 1)[:, None, None], ridge
+        return jnp.where(scale > 0, scale, 1), ridge
 
 
 def _diagonal(values_BM):
