@@ -18,7 +18,7 @@ class Reversible(Gradient):
 
     Two states y and z take turns: y <- (1 - beta) y + beta f(z), then z <- (1 - beta) z + beta f(y). Either line can be
     solved for what it overwrote, so nothing is stored. This is the forward iteration too: of the solver only `max_steps`
-    (two evaluations of f a step), `tol`, `stop_mode` and `check_every` = 1 are used, and the whole batch stops at once.
+    (two evaluations of f a step), `tol` and `stop_mode` are used, and the whole batch stops at once.
     Gives a gradient to `z_init` as well. Not differentiable twice.
 
     Going back divides by 1 - beta, which multiplies rounding as often as there are steps: in float32 stay below about 20
