@@ -12,9 +12,9 @@ class Problem:
 
     Attributes:
       shapes: of the state's leaves.
-      steps: how many evaluations a solve takes here.
+      steps: how many evaluations a solve takes here, or takes at most.
       weights: NumPy arrays.
-      in_jax, in_torch: from weights (arrays of the framework) to f, a function of the list of leaves.
+      in_jax, in_torch, in_numpy: from weights (arrays of the framework) to f, a function of the list of leaves.
     """
 
     shapes: tuple
@@ -22,6 +22,7 @@ class Problem:
     weights: dict
     in_jax: Callable
     in_torch: Callable
+    in_numpy: Callable | None = None
 
 
 def problems() -> dict[str, Problem]:
@@ -29,9 +30,36 @@ def problems() -> dict[str, Problem]:
     return {
         "tanh [32, 4096]": _tanh(32, 4096, 20),
         "transformer [8, 256, 512]": _transformer(8, 256, 512, 8),
-        "conv, two scales": _conv(8, 32, 32, 12),
+        "multiscale block, two scales": _multiscale(8, 32, 32, 12),
         "tiny [8192, 16]": _tanh(8192, 16, 40),
     }
+
+
+def linear_problems() -> dict[str, Problem]:
+    """z = A z + x for matrices of several spectra, `[8, 256]`: where plain iteration is slow, or does not converge."""
+    random, n = np.random.default_rng(3), 256
+
+    def symmetric(lowest, highest):
+        basis = np.linalg.qr(random.normal(size=(n, n)))[0]
+        return basis @ np.diag(np.linspace(lowest, highest, n)) @ basis.T
+
+    def unstructured(radius):
+        matrix = random.normal(size=(n, n))
+        return radius * matrix / np.max(np.abs(np.linalg.eigvals(matrix)))
+
+    return {
+        "symmetric, -0.3 to 0.9": _linear(symmetric(-0.3, 0.9), 300),
+        "symmetric, -0.3 to 0.99": _linear(symmetric(-0.3, 0.99), 300),
+        "non-normal, radius 0.9": _linear(unstructured(0.9), 300),
+        "non-normal, radius 0.97": _linear(unstructured(0.97), 300),
+    }
+
+
+def _linear(matrix, steps, batch=8):
+    x = np.random.default_rng(4).normal(size=(batch, matrix.shape[0]))
+    weights = {"A": matrix.T.astype(np.float32), "x": x.astype(np.float32)}
+    f_of = lambda w: lambda z: [z[0] @ w["A"] + w["x"]]  # noqa: E731
+    return Problem((x.shape,), steps, weights, f_of, f_of, f_of)
 
 
 def _normal(random, *shape, scale=1.0):
@@ -103,44 +131,58 @@ def _transformer(batch, length, width, steps, heads=8):
     return Problem(((batch, length, width),), steps, weights, in_jax, in_torch)
 
 
-def _conv(batch, size, channels, steps):
-    """Two resolutions, each its own convolution, fused by pooling down and repeating up; channels last in JAX."""
+def _multiscale(batch, size, channels, steps, groups=8):
+    """The block of MDEQ at two resolutions: residual units with the injection, then their fusion. JAX has channels last."""
     random = np.random.default_rng(2)
-    scale = 0.3 / (9 * channels) ** 0.5
-    names = ("high", "low", "down", "up")
-    weights = {name: _normal(random, 3, 3, channels, channels, scale=scale) for name in names}
-    weights |= {"x": _normal(random, batch, size, size, channels)}
+    kernels = {f"{name}_{scale}": 3 for scale in ("high", "low") for name in ("first", "second")} | {"down": 3, "up": 1}
+    weights = {
+        name: _normal(random, width, width, channels, channels, scale=(width * width * channels) ** -0.5)
+        for name, width in kernels.items()
+    }
     shapes = ((batch, size, size, channels), (batch, size // 2, size // 2, channels))
+    weights |= {"x_high": _normal(random, *shapes[0]), "x_low": _normal(random, *shapes[1])}
 
     def in_jax(w):
         import jax
         import jax.numpy as jnp
 
-        def conv(z, kernel):
-            return jax.lax.conv_general_dilated(z, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        from deqjax.nn.convolution import conv
+
+        def norm(z):
+            grouped = z.reshape(*z.shape[:-1], groups, -1)
+            grouped = grouped - jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
+            scale = jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(1, 2, 4), keepdims=True) + 1e-5)
+            return (grouped * scale).reshape(z.shape)
+
+        def unit(z, scale):
+            inner = jax.nn.relu(norm(conv(z, w[f"first_{scale}"])))
+            return jax.nn.relu(norm(conv(inner, w[f"second_{scale}"]) + w[f"x_{scale}"] + z))
 
         def f(z):
-            high, low = z
-            pooled = jnp.mean(high.reshape(batch, size // 2, 2, size // 2, 2, channels), axis=(2, 4))
+            high, low = unit(z[0], "high"), unit(z[1], "low")
             raised = jnp.repeat(jnp.repeat(conv(low, w["up"]), 2, axis=1), 2, axis=2)
-            return [jnp.tanh(conv(high, w["high"]) + raised + w["x"]), jnp.tanh(conv(low, w["low"]) + conv(pooled, w["down"]))]
+            return [jax.nn.relu(norm(high + raised)), jax.nn.relu(norm(low + conv(high, w["down"], strides=2, padding=1)))]
 
         return f
 
     def in_torch(w):
-        import torch
+        import torch.nn.functional as F
 
-        kernels = {name: w[name].permute(3, 2, 0, 1).contiguous() for name in names}
-        x = w["x"].permute(0, 3, 1, 2).contiguous()
+        w = {name: a.permute(3, 2, 0, 1) if name in kernels else a.permute(0, 3, 1, 2) for name, a in w.items()}
+        w = {name: a.contiguous() for name, a in w.items()}
 
-        def conv(z, name):
-            return torch.nn.functional.conv2d(z, kernels[name], padding=1)
+        def norm(z):
+            return F.group_norm(z, groups)
+
+        def unit(z, scale):
+            inner = F.relu(norm(F.conv2d(z, w[f"first_{scale}"], padding=1)))
+            return F.relu(norm(F.conv2d(inner, w[f"second_{scale}"], padding=1) + w[f"x_{scale}"] + z))
 
         def f(z):
-            high, low = z
-            pooled = torch.nn.functional.avg_pool2d(high, 2)
-            raised = conv(low, "up").repeat_interleave(2, 2).repeat_interleave(2, 3)
-            return [torch.tanh(conv(high, "high") + raised + x), torch.tanh(conv(low, "low") + conv(pooled, "down"))]
+            high, low = unit(z[0], "high"), unit(z[1], "low")
+            raised = F.interpolate(F.conv2d(low, w["up"]), scale_factor=2, mode="nearest")
+            down = F.conv2d(high, w["down"], stride=2, padding=1)
+            return [F.relu(norm(high + raised)), F.relu(norm(low + down))]
 
         return f
 

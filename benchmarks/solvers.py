@@ -2,136 +2,107 @@
 
     python -m benchmarks.solvers [--threads 1] [--only tanh] [--json FILE]
 
-Every solve takes the same number of evaluations of the same f with the same float32 weights (the tolerance is 0, so nothing
-stops early). Times are medians of interleaved repeats after a warm-up; compilation is not in them. `overhead` is the time
-over that of a compiled loop which does nothing but evaluate f as often. Peers that are not installed are left out:
-`pip install torch torchdeq jaxopt optimistix`.
+Two comparisons, both in float32, compilation apart. At equal steps, every solve takes the same number of evaluations of the
+same f (the tolerance is 0, so nothing stops early); `overhead` is its time over that of a compiled loop which does nothing
+but evaluate f as often. At equal accuracy, each library solves with its own defaults until a relative residual of 1e-5; the
+residual is then measured here, and a solve that is not within twice of it does not count. Times are medians of interleaved
+repeats after a warm-up. The maps are in `benchmarks.problems`, the libraries in `benchmarks.peers`.
 """
 
 import argparse
 import json
 import os
+import pathlib
 import statistics
 import time
 
+ACCURACY = 1e-5
+MODES = ("forward", "forward + adjoint")
 
-def jax_candidates(problem):
-    """name -> (method, mode, a call that returns when it is done)."""
+
+def equal_steps(problem, threads):
+    """(library, method, mode) -> a call that returns when it is done; and the seconds that compiling took."""
     import jax
     import jax.numpy as jnp
 
-    import deqjax
+    from benchmarks.peers import Budget, jax_solvers, torchdeq_solvers
 
-    weights = {name: jnp.asarray(w) for name, w in problem.weights.items()}
-    start = [jnp.zeros(shape) for shape in problem.shapes]
-    n = problem.steps
-    settings = {"max_steps": n, "tol": 0.0}
-    solvers = {
-        "picard": deqjax.Picard(**settings),
-        "picard, unmonitored": deqjax.Picard(**settings, monitor=False),
-        "anderson": deqjax.Anderson(**settings, memory=6),
-        "broyden": deqjax.Broyden(**settings, memory=6),
-    }
+    weights, start = _in_jax(problem)
+    budget = Budget(problem.steps)
 
     def bare(weights):
         f = problem.in_jax(weights)
-        return jax.lax.fori_loop(0, n, lambda _, z: f(z), start)
+        return jax.lax.fori_loop(0, problem.steps, lambda _, z: f(z), start)
 
-    def ours(solver):
-        def run(weights):
-            f = problem.in_jax(weights)
-            return deqjax.fixed_point(f, start, solver=solver, gradient=deqjax.Implicit(solver=solver, polish=False)).value
+    runs = {("bare f", "", "forward"): bare}
+    for (library, method), solve in jax_solvers(budget).items():
+        forward = lambda weights, solve=solve: solve(problem.in_jax(weights), start)  # noqa: E731
+        runs[library, method, "forward"] = forward
+        if library == "deqjax":
+            loss = lambda weights, forward=forward: sum(jnp.sum(z) for z in forward(weights))  # noqa: E731
+            runs[library, method, "forward + adjoint"] = jax.grad(loss)
 
-        return run
-
-    def with_gradient(run):
-        return jax.grad(lambda weights: sum(jnp.sum(z) for z in run(weights)))
-
-    runs = {("bare f", "forward"): bare}
-    for name, solver in solvers.items():
-        runs["deqjax", name, "forward"] = ours(solver)
-        runs["deqjax", name, "forward + adjoint"] = with_gradient(ours(solver))
-    for library, name, run in _jax_peers(problem, start, n):
-        runs[library, name, "forward"] = run
-
-    def call(run):
+    calls, compile_seconds = {}, {}
+    for key, run in runs.items():
+        began = time.perf_counter()
         compiled = jax.jit(run).lower(weights).compile()
-        return lambda: jax.block_until_ready(compiled(weights))
+        compile_seconds[key] = time.perf_counter() - began
+        calls[key] = lambda compiled=compiled: jax.block_until_ready(compiled(weights))
+    theirs = torchdeq_solvers(budget)
+    weights_there, start_there = _in_torch(problem, threads) if theirs else (None, None)
+    for method, solve in theirs.items():
 
-    return {key: call(run) for key, run in runs.items()}
+        def call(differentiate, solve=solve):
+            z = solve(problem.in_torch(weights_there), start_there, differentiate)
+            if differentiate:
+                sum(x.sum() for x in z).backward()
 
-
-def _jax_peers(problem, start, n):
-    """What jaxopt and optimistix have of these methods, for the whole state as one problem, as they see it."""
-    try:
-        import jaxopt
-    except ImportError:
-        pass
-    else:
-        for name, solver in (("picard", jaxopt.FixedPointIteration), ("anderson", jaxopt.AndersonAcceleration)):
-            options = {"maxiter": n, "tol": 0.0, "implicit_diff": True, "jit": True}
-            if name == "anderson":
-                options["history_size"] = 6
-
-            def run(weights, solver=solver, options=options):
-                f = problem.in_jax(weights)
-                return solver(lambda z: f(z), **options).run(start).params
-
-            yield "jaxopt", name, run
-    try:
-        import optimistix
-    except ImportError:
-        pass
-    else:
-
-        def run(weights):
-            f = problem.in_jax(weights)
-            solver = optimistix.FixedPointIteration(rtol=0.0, atol=0.0)
-            return optimistix.fixed_point(lambda z, _: f(z), solver, start, max_steps=n, throw=False).value
-
-        yield "optimistix", "picard", run
+        for mode in MODES:
+            calls["torchdeq", method, mode] = lambda call=call, mode=mode: call(mode == MODES[1])
+    return calls, compile_seconds
 
 
-def torch_candidates(problem, threads):
-    """The same for TorchDEQ."""
-    try:
-        import torch
-        import torchdeq
-    except ImportError:
-        return {}
+def equal_accuracy(problem, threads):
+    """(library, method) -> a call, for those that reach the accuracy."""
+    import jax
+    import numpy as np
+
+    from benchmarks.peers import Budget, jax_solvers, torchdeq_solvers
+
+    weights, start = _in_jax(problem)
+    budget = Budget(problem.steps, ACCURACY, memory=None)
+    calls = {}
+    for (library, method), solve in jax_solvers(budget).items():
+        if "unmonitored" not in method:
+            compiled = jax.jit(lambda weights, solve=solve: solve(problem.in_jax(weights), start)).lower(weights).compile()
+            calls[library, method] = lambda compiled=compiled: jax.block_until_ready(compiled(weights))
+    theirs = torchdeq_solvers(budget)
+    weights_there, start_there = _in_torch(problem, threads) if theirs else (None, None)
+    for method, solve in theirs.items():
+        calls["torchdeq", method] = lambda solve=solve: solve(problem.in_torch(weights_there), start_there, False)
+
+    def residual(z):
+        # Of the worst sample, in float64.
+        z = [np.asarray(x.detach() if hasattr(x, "detach") else x, np.float64) for x in z]
+        f_z = problem.in_numpy({name: w.astype(np.float64) for name, w in problem.weights.items()})(z)
+        return max(np.max(np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1)) for a, b in zip(z, f_z, strict=True))
+
+    reached = {key: residual(call()) for key, call in calls.items()}
+    return {key: call for key, call in calls.items() if reached[key] < 2 * ACCURACY}, reached
+
+
+def _in_jax(problem):
+    import jax.numpy as jnp
+
+    return {name: jnp.asarray(w) for name, w in problem.weights.items()}, [jnp.zeros(shape) for shape in problem.shapes]
+
+
+def _in_torch(problem, threads):
+    import torch
+
     torch.set_num_threads(threads)
-    weights = {name: torch.tensor(w, requires_grad=True) for name, w in problem.weights.items()}
-    channels_first = len(problem.shapes) == 2
-    shapes = [(s[0], s[3], s[1], s[2]) for s in problem.shapes] if channels_first else problem.shapes
-    start = [torch.zeros(s) for s in shapes]
-    n, calls = problem.steps, {}
-    names = {"picard": "fixed_point_iter", "anderson": "anderson", "broyden": "broyden"}
-    for name, theirs in names.items():
-        options = {"f_solver": theirs, "b_solver": theirs, "f_max_iter": n, "b_max_iter": n, "f_tol": 0.0, "b_tol": 0.0}
-        if name == "broyden":
-            # Its iterations begin after one evaluation.
-            options |= {"f_max_iter": n - 1, "b_max_iter": n - 1}
-        deq = torchdeq.get_deq(**options, ift=True)
-        keep = {"LBFGS_thres": 6} if name == "broyden" else {}
-
-        def solve(deq=deq, keep=keep):
-            f = problem.in_torch(weights)
-            g = (lambda *z: f(list(z))) if channels_first else (lambda z: f([z])[0])
-            return deq(g, start if channels_first else start[0], solver_kwargs=keep)[0][-1]
-
-        def forward(solve=solve, deq=deq):
-            deq.eval()
-            with torch.no_grad():
-                solve()
-
-        def both(solve=solve, deq=deq):
-            deq.train()
-            z = solve()
-            sum(x.sum() for x in (z if isinstance(z, (list, tuple)) else [z])).backward()
-
-        calls["torchdeq", name, "forward"] = forward
-        calls["torchdeq", name, "forward + adjoint"] = both
-    return calls
+    shapes = [(s[0], s[3], s[1], s[2]) if len(s) == 4 else s for s in problem.shapes]
+    return {name: torch.tensor(w, requires_grad=True) for name, w in problem.weights.items()}, [torch.zeros(s) for s in shapes]
 
 
 def medians(calls, repeats):
@@ -147,41 +118,71 @@ def medians(calls, repeats):
     return {key: statistics.median(t) for key, t in times.items()}
 
 
+def table_of_equal_steps(name, problem, options):
+    """Prints the table of one problem and returns its rows."""
+    calls, compile_seconds = equal_steps(problem, options.threads)
+    seconds = medians(calls, options.repeats)
+    bare = seconds.pop(("bare f", "", "forward"))
+    print(f"\n{name}: {problem.steps} evaluations, {1e3 * bare:.2f} ms bare")
+    print(f"  {'method':22}{'mode':20}{'library':12}{'ms':>9}{'overhead':>10}{'torchdeq / it':>15}{'compile s':>11}")
+    rows = []
+    for key in sorted(seconds, key=lambda key: (key[1], key[2], key[0])):
+        library, method, mode = key
+        theirs = seconds.get(("torchdeq", method.partition(",")[0], mode))
+        row = {"problem": name, "library": library, "method": method, "mode": mode, "seconds": seconds[key]}
+        row |= {"overhead": seconds[key] / bare if mode == "forward" else None}
+        row |= {"torchdeq_ratio": theirs / seconds[key] if theirs and library != "torchdeq" else None}
+        row |= {"compile_seconds": compile_seconds.get(key)}
+        rows.append(row)
+        shown = [f"{row[c]:.2f}" if row[c] else "" for c in ("overhead", "torchdeq_ratio", "compile_seconds")]
+        print(f"  {method:22}{mode:20}{library:12}{1e3 * seconds[key]:9.2f}{shown[0]:>10}{shown[1]:>15}{shown[2]:>11}")
+    return rows
+
+
+def table_of_equal_accuracy(name, problem, options):
+    """The same for time to the accuracy."""
+    calls, reached = equal_accuracy(problem, options.threads)
+    seconds = medians(calls, options.repeats)
+    print(f"\n{name}: time to a relative residual of {ACCURACY:g}, at most {problem.steps} evaluations, own defaults")
+    print(f"  {'method':12}{'library':12}{'ms':>9}{'residual':>11}")
+    rows = []
+    for library, method in sorted(reached, key=lambda key: (key[1], key[0])):
+        key = (library, method)
+        rows.append({"problem": name, "library": library, "method": method, "seconds": seconds.get(key)})
+        rows[-1]["residual"] = float(reached[key])
+        shown = f"{1e3 * seconds[key]:.2f}" if key in seconds else "-"
+        print(f"  {method:12}{library:12}{shown:>9}{reached[key]:11.1e}")
+    best = {library: min((t for (lib, _), t in seconds.items() if lib == library), default=None) for library, _ in reached}
+    if best.get("torchdeq"):
+        print(f"  the fastest of torchdeq over the fastest of deqjax: {best['torchdeq'] / best['deqjax']:.1f}")
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", default="", help="problems whose name contains this")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", help="write the table there as well")
+    parser.add_argument("--json", default="runs/solvers.json", help="the rows are written there as well")
     options = parser.parse_args()
     # Before JAX starts: it takes as many threads as it has cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import jax
 
-    from benchmarks.problems import problems
+    from benchmarks.problems import linear_problems, problems
 
     print(f"{jax.devices()[0].device_kind}, {options.threads} thread(s), jax {jax.__version__}, float32")
-    rows = []
+    rows = {"equal steps": [], "equal accuracy": []}
     for name, problem in problems().items():
-        if options.only not in name:
-            continue
-        seconds = medians(jax_candidates(problem) | torch_candidates(problem, options.threads), options.repeats)
-        bare = seconds.pop(("bare f", "forward"))
-        print(f"\n{name}: {problem.steps} evaluations, {1e3 * bare:.2f} ms bare")
-        print(f"  {'method':22}{'mode':20}{'library':12}{'ms':>9}{'overhead':>10}{'torchdeq / it':>15}")
-        for key in sorted(seconds, key=lambda key: (key[1], key[2], key[0])):
-            library, method, mode = key
-            theirs = seconds.get(("torchdeq", method.partition(",")[0], mode))
-            row = {"problem": name, "library": library, "method": method, "mode": mode, "seconds": seconds[key]}
-            row |= {"overhead": seconds[key] / bare if mode == "forward" else None}
-            row |= {"torchdeq_ratio": theirs / seconds[key] if theirs and library != "torchdeq" else None}
-            rows.append(row)
-            shown = [f"{row[c]:.2f}" if row[c] else "" for c in ("overhead", "torchdeq_ratio")]
-            print(f"  {method:22}{mode:20}{library:12}{1e3 * seconds[key]:9.2f}{shown[0]:>10}{shown[1]:>15}")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        if options.only in name:
+            rows["equal steps"] += table_of_equal_steps(name, problem, options)
+    for name, problem in linear_problems().items():
+        if options.only in name:
+            rows["equal accuracy"] += table_of_equal_accuracy(name, problem, options)
+    path = pathlib.Path(options.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

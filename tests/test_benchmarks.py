@@ -1,11 +1,16 @@
 """The benchmarks run, and the published recipes with them at their published size."""
 
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from benchmarks.problems import problems
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -21,3 +26,23 @@ def test_a_training_step_of_the_published_recipe_compiles_and_runs(config, param
     # The unigram distribution of these random tokens costs about 9 nats, a uniform one 12.5.
     assert 8 < float(re.search(r"loss ([\d.]+)", out)[1]) < 20
     assert 0 < float(re.search(r"peak memory ([\d.]+) GiB", out)[1]) < 8
+
+
+@pytest.mark.slow
+def test_the_solver_benchmark_writes_both_tables(tmp_path):
+    """On the problems of equal accuracy, which are small; the peers are those that happen to be installed."""
+    file = tmp_path / "solvers.json"
+    command = [sys.executable, "-m", "benchmarks.solvers", "--only", "radius 0.9", "--repeats", "1", "--json", str(file)]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "time to a relative residual" in out
+    rows = [row for row in json.loads(file.read_text())["equal accuracy"] if row["library"] == "deqjax"]
+    assert {row["method"] for row in rows} == {"picard", "anderson", "broyden"}
+    assert all(row["residual"] < 2e-5 for row in rows)
+
+
+def test_the_maps_of_the_benchmark_keep_the_shapes_of_their_states():
+    for problem in problems().values():
+        weights = {name: jnp.asarray(w) for name, w in problem.weights.items()}
+        start = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in problem.shapes]
+        out = jax.eval_shape(problem.in_jax(weights), start)
+        assert [z.shape for z in out] == [z.shape for z in start]
