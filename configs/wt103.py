@@ -126,11 +126,15 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.keep = 1
     config.best_metric = "loss"
     config.best_mode = "min"
+    config.patience = 0  # evaluations without a new best before the run stops; 0: never
     config.max_bad_steps = 20
+    config.accumulate = 1  # slices of a batch, one after the other
+    config.ema = 0.0  # decay of averaged weights; 0: none
     config.resume = ""
     config.init_from = ""
     config.export_path = "deq_lm.safetensors"
     config.tensorboard = False
+    config.wandb = ""  # a project of Weights & Biases
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "model": 1})
 
     config.generate = ml_collections.ConfigDict()

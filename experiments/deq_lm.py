@@ -23,9 +23,10 @@ from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.interop.transformer import export_transformer, load_transformer
 from deqjax.models.transformer import DEQTransformer, Memory, TransformerConfig
 from deqjax.models.transformer.adaptive import twice_held_projections
+from deqjax.models.transformer.layout import layout
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.variables import BatchVariable
-from deqjax.training.mesh import make_mesh, place_whole
+from deqjax.training.mesh import make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
 
 CORPORA = {"wt103": wikitext103, "pydoc": pydoc, "text": TextCorpus.load}
@@ -52,6 +53,7 @@ class LanguageModelTask:
 
     name = "deq_lm"
     modes = ("train", "eval", "generate", "export")
+    free_to_change = ("data.dir", "generate", "export_path")
 
     def __init__(self, config, corpus: TextCorpus | None = None):
         """Reads the corpus that the config names, unless one is given.
@@ -73,6 +75,7 @@ class LanguageModelTask:
         self.deq.eval_budget()
         for split in ("train", "valid", "test"):
             self.data(split)  # too short a split shows now, not at the first evaluation
+        self.layout = layout(self.architecture)
         self.tied_updates = [[("lm", *path) for path in group] for group in twice_held_projections(self.architecture)]
 
     def model(self, rngs: nnx.Rngs) -> StreamingModel:
@@ -82,7 +85,7 @@ class LanguageModelTask:
         data = self.config.data
         if split == "train":
             varlen = self.config.seed if data.varlen else None
-            shard, shards = jax.process_index(), jax.process_count()
+            shard, shards = process_share(make_mesh(self.config.get("mesh")))
             return OrderedBatches(
                 self.corpus.train, data.batch_size, data.length, shard=shard, shards=shards, varlen_seed=varlen
             )

@@ -1,5 +1,6 @@
 """Checkpoints: saved in the background, committed by a rename, restorable onto other devices."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,27 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from deqjax.training.errors import UserError
+from deqjax.training.integrity import changed, described, is_intact, sealed
+from deqjax.training.processes import agree
 from deqjax.training.state import TrainState, from_nested_dict, named_leaves, nested_dict, to_nested_dict
 
 FOLDER = "checkpoints"
+# Where damaged checkpoints are moved, so that nothing is lost which somebody might mend.
+DAMAGED = "damaged"
+# The newest, and the one before in case the newest turns out to be damaged.
+LATEST = 2
+
+
+class DamagedCheckpoint(UserError):
+    """The checkpoint of a step cannot be read, or is not what was written."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class Checkpoints:
-    """The checkpoints of one working directory: the latest, and the best by one metric of the validation."""
+    """The checkpoints of one working directory: the latest two, and the best by one metric of the validation."""
 
     def __init__(self, workdir, keep: int = 1, metric: str = "loss", mode: str = "min"):
         """Args:
@@ -29,40 +44,49 @@ class Checkpoints:
         # Orbax logs dozens of lines per save.
         absl_logging.set_verbosity(absl_logging.ERROR)
         self.directory = Path(workdir).absolute() / FOLDER
-        policies = ocp.checkpoint_managers
-        # A checkpoint that was ranked by another metric counts as the worst.
-        value = lambda metrics: metrics.get(metric, float("inf") if mode == "min" else -float("inf"))  # noqa: E731
-        best = policies.BestN(
-            get_metric_fn=value,
-            reverse=mode == "min",
-            n=keep,
-            keep_checkpoints_without_metrics=False,
+        self._keep, self._metric, self._sign = keep, metric, 1 if mode == "min" else -1
+        self._manager, self._values = None, {}
+
+    def open(self) -> None:
+        """Gets ready to save; clears away what a killed process left unfinished.
+
+        Raises:
+          UserError: the directory cannot be used.
+        """
+        self._values = {step: self._value(step) for step in self.steps()}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, cleanup_tmp_directories=True, lightweight_initialize=True
         )
         try:
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
-                    best_fn=value,
-                    best_mode=mode,
-                ),
-                item_names=("state", "meta"),
-            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
         except (OSError, ValueError) as error:
             raise UserError(f"Cannot keep checkpoints in {self.directory}: {_first_line(error)}.") from error
 
-    def latest_step(self) -> int | None:
-        """Of the last committed checkpoint."""
-        return self._manager.latest_step()
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Orbax's question after each save: the latest stay, and the best."""
+        steps = [info.step for info in checkpoints]
+        ranked = sorted((value, step) for step in steps if (value := self._values.get(step)) is not None)
+        kept = {*steps[-LATEST:], *(step for _, step in ranked[: self._keep])}
+        return [step in kept for step in steps]
 
-    def best_step(self) -> int | None:
-        """Of the best evaluated checkpoint."""
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, in order."""
+        return committed_steps(self.directory.parent)
+
+    def best_steps(self) -> list[int]:
+        """Of the evaluated checkpoints, the best first."""
+        ranked = ((value, step) for step in self.steps() if (value := self._value(step)) is not None)
+        return [step for _, step in sorted(ranked)]
+
+    def _value(self, step):
+        """What a checkpoint is ranked by, less is better; None if it was not evaluated or by another metric."""
         try:
-            return self._manager.best_step()
-        except (OSError, ValueError) as error:
-            raise UserError(f"The metrics kept in {self.directory} cannot be read: {_first_line(error)}.") from error
+            value = self.meta(step).get("evaluation", {}).get(self._metric)
+        except DamagedCheckpoint:
+            return None
+        return None if value is None else self._sign * value
 
-    def save(self, step: int, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: TrainState, meta: dict, evaluation: dict[str, float] | None = None) -> None:
         """Starts to save; an earlier checkpoint goes only after this one is committed.
 
         Raises:
@@ -70,79 +94,145 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        evaluation = evaluation or {}
+        if self._metric in evaluation:
+            self._values[step] = self._sign * evaluation[self._metric]
         # The running sums are few and change with what a task reports, so they travel outside the checked structure.
         sums = {name: [float(x) for x in pair] for name, pair in jax.device_get(state.sums).items()}
-        items = {
-            "state": ocp.args.StandardSave(to_nested_dict(state.replace(sums={}))),
-            "meta": ocp.args.JsonSave(meta | {"sums": sums}),
-        }
+        nested = to_nested_dict(state.replace(sums={}))
+        meta = sealed(meta | {"sums": sums, "evaluation": evaluation, "arrays": described(nested)})
+        items = {"state": ocp.args.StandardSave(nested), "meta": ocp.args.JsonSave(meta)}
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError, RuntimeError) as error:
             raise self._save_failed(error) from error
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError if it could not be written."""
         try:
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._save_failed(error) from error
 
     def meta(self, step: int) -> dict:
-        """What was saved beside the state: task, config, fingerprint."""
-        return read_meta(self.directory, step)
+        """What was saved beside the state: task, config, fingerprint, evaluation. Raises DamagedCheckpoint."""
+        path = self.directory / str(step) / "meta" / "metadata"
+        try:
+            meta = json.loads(path.read_text())
+            if not is_intact(meta):
+                raise ValueError("its metadata have changed since they were written")
+        except (OSError, ValueError, AttributeError) as error:
+            raise self._damaged(step, error) from error
+        if "arrays" not in meta:
+            raise UserError(f"The checkpoint {path.parent.parent} is of an older version of deqjax. Choose another --workdir.")
+        return meta
+
+    def check_model(self, step: int, shapes: TrainState) -> dict:
+        """The metadata of a step. Raises UserError if it is of another model than one with these shapes."""
+        meta = self.meta(step)
+        saved = {tuple(name.split("/")): tuple(shape) for name, (_, shape, _) in meta["arrays"].items()}
+        check_same(self.directory / str(step), saved, _shapes(shapes.replace(sums={})))
+        return meta
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The state of a step, each array placed as `shardings` says.
+        """The state of a step, each array placed as `shardings` says; the same one in every process.
 
         Raises:
-          UserError: the checkpoint is of another model, or damaged.
+          UserError: the checkpoint is of another model.
+          DamagedCheckpoint: it cannot be read, or differs from what was written.
         """
+        meta, folder = self.check_model(step, shapes), self.directory / str(step) / "state"
         sums, shapes, shardings = shapes.sums, shapes.replace(sums={}), shardings.replace(sums={})
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        nested, problem = None, None
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                nested = reader.restore(folder, args=ocp.args.StandardRestore(to_nested_dict(target)))
+        except Exception as error:
+            problem = error
+        if not agree(problem is None):
+            raise self._damaged(step, problem or "another process could not read its part of it") from problem
+        self._verify(step, nested)
+        state = from_nested_dict(target, nested)
+        # If the task reports other metrics than it did, they count from here.
+        saved_sums = meta["sums"] if set(meta["sums"]) == set(sums) else dict.fromkeys(sums, (0.0, 0.0))
+        place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), shardings.step)  # noqa: E731
+        return state.replace(sums={name: tuple(map(place, saved_sums[name], sums[name])) for name in sums})
+
+    def load(self, step: int, wanted: Callable[[tuple[str, ...]], bool]) -> dict:
+        """The leaves of a step whose path is wanted, as nested dicts of NumPy arrays. Raises DamagedCheckpoint."""
+        folder = self.directory / str(step) / "state"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-                saved = _stored_leaves(reader, self.directory / str(step) / "state")
+                leaves = named_leaves(reader.metadata(folder).item_metadata.tree)
+                item = nested_dict({path: leaf for path, leaf in leaves.items() if wanted(path)})
+                if not item:
+                    return {}
+                as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+                args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
+                arrays = reader.restore(folder, args=args)
         except Exception as error:
             raise self._damaged(step, error) from error
-        _check_same(self.directory / str(step), saved, named_leaves(shapes))
-        try:
-            nested = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(to_nested_dict(target)))
-            ).state
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        state = from_nested_dict(target, nested)
-        saved_sums = self.meta(step).get("sums", {})
-        if set(saved_sums) != set(sums):
-            # The task reports other metrics than it did: count them from here.
-            saved_sums = dict.fromkeys(sums, (0.0, 0.0))
-        sharding = shardings.step
-        place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), sharding)  # noqa: E731
-        return state.replace(
-            sums={name: tuple(place(x, like) for x, like in zip(saved_sums[name], sums[name], strict=True)) for name in sums}
-        )
+        self._verify(step, arrays)
+        return arrays
+
+    def _verify(self, step, nested) -> None:
+        """Raises DamagedCheckpoint unless the arrays are those that were saved."""
+        if names := changed(self.meta(step)["arrays"], described(nested)):
+            raise self._damaged(step, f"{len(names)} arrays are not what was written, {names[0]} for one")
+
+    def restore_first(self, steps: list[int], shapes: TrainState, shardings: TrainState, check: Callable = lambda step: None):
+        """The first of `steps` that is sound.
+
+        Args:
+          steps: in order of preference.
+          shapes, shardings: see `restore`.
+          check: of a step; raises if it must not be used.
+
+        Returns:
+          The state, and the `DamagedCheckpoint` errors of the steps before it.
+
+        Raises:
+          DamagedCheckpoint: none of them is sound.
+        """
+        damaged: list[DamagedCheckpoint] = []
+        for step in steps:
+            try:
+                check(step)
+                return self.restore(step, shapes, shardings), damaged
+            except DamagedCheckpoint as error:
+                damaged.append(error)
+        others = "Remove that folder" if len(damaged) == 1 else f"No other is sound either. Remove {self.directory}"
+        raise DamagedCheckpoint(f"{damaged[0]} {others} and the run starts anew.", damaged[0].step) from damaged[0]
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a checkpoint to where it is in nobody's way; returns where."""
+        folder = self.directory.parent / DAMAGED
+        taken = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        target = folder / next(name for n in itertools.count() if (name := f"{step}" + f"-{n}" * bool(n)) not in taken)
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        agree(True)
+        return target
 
     def close(self) -> None:
         """Waits, then lets go."""
         self.wait()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def _save_failed(self, error) -> UserError:
-        latest = committed_steps(self.directory.parent)
+        latest = self.steps()
         kept = f"The checkpoint of step {latest[-1]} is intact" if latest else "There is no earlier checkpoint"
         return UserError(
             f"Saving a checkpoint to {self.directory} failed, so the run stops here: {_first_line(error)}. {kept}. Once there "
             "is space (or with another --workdir) the same command goes on from there."
         )
 
-    def _damaged(self, step, error) -> UserError:
-        others = [other for other in committed_steps(self.directory.parent) if other != step]
-        instead = f"the run goes on from step {others[-1]}" if others else "the run starts anew"
-        return UserError(
-            f"The checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}. Remove that folder and "
-            f"{instead}."
-        )
+    def _damaged(self, step, error) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"The checkpoint {self.directory / str(step)} cannot be read: {_first_line(error)}.", step)
 
 
 def load_params(workdir, step: int | None = None) -> dict:
@@ -153,40 +243,19 @@ def load_params(workdir, step: int | None = None) -> dict:
       step: which checkpoint; default the latest.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is damaged.
     """
     return load_arrays(workdir, lambda path: path[0] == "params", step).get("params", {})
 
 
 def load_arrays(workdir, wanted: Callable[[tuple[str, ...]], bool], step: int | None = None) -> dict:
     """The leaves of a checkpoint whose path is wanted, like `load_params`."""
-    steps = committed_steps(workdir)
-    directory = Path(workdir).absolute() / FOLDER
+    checkpoints = Checkpoints(workdir)
+    steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
         there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there is none"
-        raise UserError(f"No checkpoint{'' if step is None else f' of step {step}'} in {directory}: {there}.")
-    folder = directory / str(steps[-1] if step is None else step) / "state"
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            leaves = _stored_leaves(reader, folder)
-            item = nested_dict({path: leaf for path, leaf in leaves.items() if wanted(path)})
-            if not item:
-                return {}
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-            args = ocp.args.PyTreeRestore(item=item, restore_args=as_numpy, partial_restore=True)
-            return reader.restore(folder, args=args)
-    except Exception as error:
-        raise UserError(f"The checkpoint {folder.parent} cannot be read: {_first_line(error)}.") from error
-
-
-def read_meta(directory, step: int) -> dict:
-    """The metadata of one checkpoint."""
-    path = Path(directory) / str(step) / "meta" / "metadata"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"The checkpoint {path.parent.parent} cannot be read: {_first_line(error)}.") from error
+        raise UserError(f"No checkpoint{'' if step is None else f' of step {step}'} in {checkpoints.directory}: {there}.")
+    return checkpoints.load(steps[-1] if step is None else step, wanted)
 
 
 def fill(shapes: Any, shardings: Any, values: dict, source: str) -> Any:
@@ -195,7 +264,7 @@ def fill(shapes: Any, shardings: Any, values: dict, source: str) -> Any:
     Raises:
       UserError: they belong to another model.
     """
-    _check_same(source, named_leaves(values), named_leaves(shapes))
+    check_same(source, _shapes(values), _shapes(shapes))
     tree = from_nested_dict(shapes, to_nested_dict(values))
 
     def place(value, like, sharding):
@@ -205,25 +274,10 @@ def fill(shapes: Any, shardings: Any, values: dict, source: str) -> Any:
     return jax.tree.map(place, tree, shapes, shardings)
 
 
-def _check_same(source, saved: dict, wanted: dict) -> None:
-    """Compares names and shapes of leaves; dtypes are converted."""
-
-    def shown(leaves, path):
-        return list(leaves[path].shape) if path in leaves else "absent"
-
-    def shape(leaf):
-        return tuple(leaf.shape or ())
-
-    # What holds nothing is not stored.
-    saved, wanted = ({path: leaf for path, leaf in leaves.items() if 0 not in shape(leaf)} for leaves in (saved, wanted))
-    differing = [
-        path
-        for path in sorted(saved.keys() | wanted.keys())
-        if path not in saved
-        or path not in wanted
-        # A random key's shape is stored with the words of the key.
-        or (not jax.dtypes.issubdtype(wanted[path].dtype, jax.dtypes.prng_key) and shape(saved[path]) != shape(wanted[path]))
-    ]
+def check_same(source, saved: dict, wanted: dict) -> None:
+    """Compares the shapes of arrays by path; dtypes are converted. Raises UserError."""
+    differing = [path for path in sorted(saved.keys() | wanted.keys()) if saved.get(path) != wanted.get(path)]
+    shown = lambda shapes, path: list(shapes[path]) if path in shapes else "absent"  # noqa: E731
     if differing:
         # The optimiser's copies of a parameter differ with it: name the parameters first.
         differing.sort(key=lambda path: path[0] == "opt")
@@ -243,11 +297,9 @@ def committed_steps(workdir) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit()) if directory.is_dir() else []
 
 
-def _stored_leaves(reader, folder) -> dict:
-    metadata = reader.metadata(folder).item_metadata
-    if metadata is None:
-        raise ValueError("its list of arrays is missing or damaged")
-    return named_leaves(metadata.tree)
+def _shapes(tree) -> dict:
+    """Of the arrays that hold anything: the others are not stored."""
+    return {path: tuple(leaf.shape) for path, leaf in named_leaves(tree).items() if leaf.size}
 
 
 def _first_line(error) -> str:

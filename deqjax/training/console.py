@@ -1,8 +1,12 @@
 """What a run says on the console."""
 
+import math
+import resource
 from collections.abc import Mapping
 
 import jax
+
+from deqjax.training.state import count_parameters, named_leaves
 
 
 def say(text: str) -> None:
@@ -11,13 +15,33 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def parameter_overview(shapes, shardings) -> str:
+    """A table of all parameters, where each is split, and their number."""
+    rows = [("parameter", "shape", "dtype", "numbers", "split over")]
+    places = named_leaves(shardings)
+    for path, leaf in named_leaves(shapes).items():
+        split = ", ".join(f"{axis} on {name}" for axis, name in enumerate(places[path].spec) if name) or "-"
+        rows.append(("/".join(path), "x".join(map(str, leaf.shape)) or "1", str(leaf.dtype), f"{leaf.size:,}", split))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return "\n".join([*lines, f"Parameters: {count_parameters(shapes):,} ({size / 2**20:,.1f} MiB)"])
+
+
+def peak_memory() -> float:
+    """The most memory that one of this process's devices has used, in GiB; of a CPU, that the process has."""
+    statistics = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [entry["peak_bytes_in_use"] for entry in statistics if "peak_bytes_in_use" in entry]
+    return (max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+
+
 def console_line(step, total, values, speed, items) -> str:
-    """Progress, speed and the vitals, on one line."""
+    """Progress, speed, memory and the vitals, on one line."""
     parts = [f"[{step}/{total}]"]
     if speed:
         rate = speed["time/steps_per_s"]
         parts.append(f"{short(rate)} steps/s" + (f" {short(rate * items[1])} {items[0]}/s" if items else ""))
-        parts.append(f"ETA {duration(speed['time/eta_s'])}")
+        parts.append(f"ETA {duration(speed['time/eta_s'])} {short(speed['time/memory_gib'])} GiB")
     first = [name for name in ("loss", "grad_norm", "lr") if name in values]
     rest = sorted(name for name in values if name not in first and _worth_a_place(name, values[name]))
     return " ".join(parts) + " | " + shown({name: values[name] for name in first + rest})

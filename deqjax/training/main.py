@@ -5,19 +5,21 @@
 A user's mistake ends in one paragraph on stderr and exit status 2, never in a traceback.
 """
 
+import functools
 import importlib.util
-import itertools
+import os
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from deqjax.core.naming import did_you_mean
 from deqjax.data.errors import DataError
 from deqjax.training.errors import UserError
+from deqjax.training.settings import Settings
 from deqjax.training.task import Task
 
 MODES = ("train", "eval")
@@ -41,11 +43,14 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
     argv = list(sys.argv if argv is None else argv)
     try:
         options = parse(argv, getattr(make_task, "modes", MODES), default_workdir)
-        if options.distributed:
-            import jax
+        # Everything that starts JAX or Orbax comes after the cheap checks.
+        from deqjax.training.compilation import kept_in
+        from deqjax.training.processes import connect
 
-            jax.distributed.initialize()
-        _run_mode(make_task, options)
+        if options.distributed or options.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            connect(options.coordinator, options.num_processes, options.process_id)
+        with kept_in(options.workdir):
+            _run_mode(make_task, options)
     except (UserError, DataError) as error:
         return _complain(str(error))
     except OSError as error:
@@ -63,34 +68,38 @@ def _run_mode(make_task, options) -> None:
         # A task checks its settings while it is built, so what fails here is a setting.
         missing = "the config lacks a key or has a wrong value: " if not isinstance(error, ValueError) else ""
         raise UserError(f"{options.config_path}: {missing}{_message(error)}") from error
-    # Everything that starts JAX or Orbax comes after the cheap checks.
-    from deqjax.training.loop import train
+    from deqjax.training.console import say
+    from deqjax.training.loop import evaluate, train
     from deqjax.training.start import trained_model
 
     if options.mode == "train":
-        train(task, config, workdir)
+        train(task, config, workdir, allow_changes=options.allow_changes, profile_steps=options.profile_steps)
         return
     if options.mode == "eval" and not hasattr(task, "report"):
-        from deqjax.training.loop import evaluate
-
         evaluate(task, config, workdir)
         return
     result = getattr(task, "report" if options.mode == "eval" else options.mode)(trained_model(task, config, workdir))
     if result is not None:
-        print(result, flush=True)
+        say(result)
 
 
 def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.FlagValues:
-    """The command line: config, config_path, workdir, mode, distributed.
+    """The command line: config (with the loop's settings), config_path, workdir, mode and the flags below.
 
     Raises:
       UserError: it is wrong.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Recipe: FILE.py or FILE.py:variant.", values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, f"Directory of the run [{default_workdir}/<config name>].", flag_values=values)
+    define = {kind: functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values) for kind in ("string", "bool")}
+    whole = functools.partial(flags.DEFINE_integer, flag_values=values, lower_bound=0)
+    define["string"]("workdir", None, f"Directory of the run [{default_workdir}/<config name>].")
     flags.DEFINE_enum("mode", "train", list(modes), "What to do.", flag_values=values)
-    flags.DEFINE_bool("distributed", False, "One of several processes (jax.distributed.initialize).", flag_values=values)
+    define["bool"]("allow_changes", False, "Go on with a checkpoint although the config is another now.")
+    whole("profile_steps", 0, "Trace so many training steps to WORKDIR/profile.")
+    define["bool"]("distributed", False, "One of several processes, which JAX finds (SLURM, Kubernetes, Cloud TPU).")
+    define["string"]("coordinator", None, "HOST:PORT of the first of several processes.")
+    whole("num_processes", None, "How many processes there are.")
+    whole("process_id", None, "Which of them this is, from 0.")
     flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=values)
     if any(arg in ("--help", "-h", "-help") for arg in argv[1:]):
         print(f"usage: {argv[0]} --config FILE [--config.key=value ...] [options]\n{values.get_help()}")
@@ -98,17 +107,18 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
     usage = (
         f"usage: python -m experiments.<task> --config FILE.py[:variant] [--config.key=value ...] [--mode {'|'.join(modes)}]"
     )
-    path = _config_path(argv)
+    path, remaining = _take_config(argv)
     if path is None:
         raise UserError(f"--config is missing. {usage}")
-    if not Path(path.split(":", 1)[0]).is_file():
+    name, _, variant = path.partition(":")
+    if not Path(name).is_file():
         raise UserError(f"--config={path}: there is no such file.{_available(path)}")
-    _check_overrides(argv, load_config(path))
+    config = load_config(path)
+    _check_overrides(remaining, config)
     try:
-        rest = values(argv)
-        name = path.split(":", 1)[0]
+        config_flags.DEFINE_config_dict("config", config, "Settings of the recipe.", values, sys_argv=remaining)
         flags.DEFINE_string("config_path", path, "", flag_values=values)
-        values.config.items()
+        rest = values(remaining)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"{_message(error)}. {usage}") from error
     except (flags.Error, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
@@ -116,13 +126,12 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
     if len(rest) > 1:
         raise UserError(f"Stray argument {rest[1]!r}: every option starts with --. {usage}")
     if values.workdir is None:
-        variant = path.partition(":")[2].replace("/", "_")
-        values.workdir = str(Path(default_workdir) / (Path(name).stem + (f"_{variant}" if variant else "")))
+        values.workdir = str(Path(default_workdir) / "_".join(filter(None, (Path(name).stem, variant.replace("/", "_")))))
     return values
 
 
 def load_config(path: str):
-    """The config in `FILE.py` or `FILE.py:variant`.
+    """The config in `FILE.py` or `FILE.py:variant`, with the loop's defaults for what it leaves out.
 
     Raises:
       UserError: the file cannot be read as one.
@@ -132,7 +141,11 @@ def load_config(path: str):
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return module.get_config(variant) if variant else module.get_config()
+        config = module.get_config(variant) if variant else module.get_config()
+        for key, default in Settings.defaults().items():
+            if key not in config:
+                config[key] = config_dict.placeholder(int) if default is None else default
+        return config
     except Exception as error:  # a config is code, and what code raises has no end
         raise UserError(f"--config={path} cannot be used: {type(error).__name__}: {_message(error)}") from error
 
@@ -153,12 +166,16 @@ def _check_overrides(argv, config) -> None:
             section, done = section[key], f"{done}.{key}"
 
 
-def _config_path(argv) -> str | None:
-    for arg, following in itertools.pairwise([*argv[1:], None]):
+def _take_config(argv) -> tuple[str | None, list[str]]:
+    """The argument of `--config`, and all else."""
+    path, remaining, arguments = None, [], iter(argv)
+    for arg in arguments:
         name, equals, value = arg.partition("=")
         if name in ("--config", "-config"):
-            return value if equals else following
-    return None
+            path = value if equals else next(arguments, None)
+        else:
+            remaining.append(arg)
+    return path, remaining
 
 
 def _available(path) -> str:

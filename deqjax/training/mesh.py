@@ -1,14 +1,12 @@
-"""Devices: one mesh for every run, and where each array of it lives."""
+"""Devices: one mesh for every run, and how batches are spread over it."""
 
 import math
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from deqjax.nn.variables import BatchVariable
 from deqjax.training.errors import UserError
 
 AXES = ("data", "fsdp", "model")
@@ -30,7 +28,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if unknown := set(sizes) - set(AXES):
         raise UserError(f"config.mesh has axes {', '.join(AXES)}; it cannot have {', '.join(sorted(unknown))}.")
     shape = [int(sizes[axis]) for axis in AXES]
-    if shape.count(-1) == 1:
+    if shape.count(-1) == 1 and 0 not in shape:
         shape[shape.index(-1)] = max(len(devices) // -math.prod(shape), 1)
     if math.prod(shape) != len(devices) or min(shape) < 1:
         asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
@@ -57,19 +55,34 @@ def batch_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process feeds: `(part, parts)`.
+
+    Processes whose devices hold the same rows, as where the axis model spans hosts, feed the same part.
+    """
+    rows: dict[int, set[int]] = {}
+    for row, group in enumerate(mesh.devices.reshape(-1, mesh.shape["model"])):
+        for device in group:
+            rows.setdefault(device.process_index, set()).add(row)
+    shares = sorted({tuple(sorted(held)) for held in rows.values()})
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's share of a batch as global arrays: split on axis 0, scalars everywhere.
 
     Raises:
       UserError: the batch cannot be split evenly.
     """
+    parts = process_share(mesh)[1]
 
     def place(name, array):
         array = np.asarray(array)
-        sharding = batch_sharding(mesh) if array.ndim else replicated(mesh)
-        rows = array.shape[0] * jax.process_count() if array.ndim else 0
-        _check_divisible(mesh, rows, f"The batch's {name!r}", "batch size")
-        return jax.make_array_from_process_local_data(sharding, array)
+        if not array.ndim:
+            return jax.make_array_from_process_local_data(replicated(mesh), array)
+        rows = array.shape[0] * parts
+        check_divisible(mesh, rows, f"The batch's {name!r}")
+        return jax.make_array_from_process_local_data(batch_sharding(mesh), array, (rows, *array.shape[1:]))
 
     return {name: place(name, array) for name, array in batch.items()}
 
@@ -86,31 +99,12 @@ def place_whole(mesh: Mesh, batch: Mapping) -> dict[str, jax.Array]:
     return {name: place(array) for name, array in batch.items()}
 
 
-def state_shardings(mesh: Mesh, tree):
-    """Where a train state lives: a `BatchVariable` like the batch, all else on every device.
-
-    Args:
-      tree: shapes, with `nnx.Variable` objects in it where there are any.
-    """
-
-    def place(node):
-        split = isinstance(node, BatchVariable)
-
-        def sharding(leaf):
-            if not (split and leaf.ndim):
-                return replicated(mesh)
-            _check_divisible(mesh, leaf.shape[0], "A memory of the model", "batch size")
-            return batch_sharding(mesh)
-
-        return jax.tree.map(sharding, node)
-
-    return jax.tree.map(place, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
-
-
-def _check_divisible(mesh, rows, what, setting):
+def check_divisible(mesh: Mesh, rows: int, what: str, slices: int = 1) -> None:
+    """Raises UserError unless so many rows fill `slices` batches over the mesh."""
     count = batch_devices(mesh)
-    if rows % count:
+    if rows % (count * slices):
+        each = "" if slices == 1 else f", each in {slices} slices (config.accumulate)"
         raise UserError(
-            f"{what} has {rows} rows, which {count} devices cannot share evenly. Choose a {setting} that is a multiple of "
-            f"{count}, or fewer devices in config.mesh.data and config.mesh.fsdp."
+            f"{what} has {rows} rows, which {count} devices cannot share evenly{each}. Choose a batch size that is a multiple "
+            f"of {count * slices}, or fewer devices in config.mesh.data and config.mesh.fsdp."
         )

@@ -1,6 +1,7 @@
-"""Numbers of a run: sums and counts, the file they are appended to, and the speed."""
+"""Numbers of a run: sums and counts, where they are written, and the speed."""
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from deqjax.training.console import peak_memory, say
 from deqjax.training.errors import UserError
 
 
@@ -31,19 +33,24 @@ class Sums:
 
 
 class MetricWriter:
-    """Appends a JSON object per line to `workdir/metrics.jsonl`, and writes TensorBoard events if asked to.
+    """Appends a JSON object per line to `workdir/metrics.jsonl`; on request, writes to TensorBoard and Weights & Biases too.
 
-    Only the first process writes. What depends on the clock is under keys that start with `time/`; everything else is
-    the same in a run that was interrupted and resumed as in one that was not.
+    Only the first process writes. What depends on clock and machine is under keys that start with `time/`; everything else
+    is the same in a run that was interrupted and resumed as in one that was not.
     """
 
-    def __init__(self, workdir, start_step: int = 0, tensorboard: bool = False):
+    def __init__(self, workdir, start_step: int = 0, tensorboard: bool = False, wandb: str = "", config: Mapping | None = None):
         """Args:
         workdir: the run's directory.
         start_step: where the run goes on from; later lines are dropped, for they will be written again.
-        tensorboard: also write events to `workdir/tensorboard`, if tensorboardX is installed.
+        tensorboard: write events to `workdir/tensorboard` (needs tensorboardX).
+        wandb: Weights & Biases project; empty: none.
+        config: what to show there as the run's settings.
+
+        Raises:
+          UserError: what was requested is not installed.
         """
-        self._file = self._events = None
+        self._file = self._events = self._run = None
         if jax.process_index() != 0:
             return
         path = Path(workdir) / "metrics.jsonl"
@@ -51,12 +58,25 @@ class MetricWriter:
         _keep_until(path, start_step)
         self._file = path.open("a", buffering=1)
         if tensorboard:
+            SummaryWriter = _optional("tensorboardX", "config.tensorboard").SummaryWriter
+            self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+        if wandb:
+            module, identity = _optional("wandb", "config.wandb"), Path(workdir) / "wandb_id"
+            if not identity.exists():
+                identity.write_text(os.urandom(4).hex())
             try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                print('No TensorBoard events: tensorboardX is not installed (pip install "deqjax[log]").', flush=True)
-            else:
-                self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+                self._run = module.init(
+                    project=wandb,
+                    dir=str(workdir),
+                    id=identity.read_text(),
+                    name=Path(workdir).name,
+                    resume="allow",
+                    config=dict(config or {}),
+                )
+                # Its own counter may not go back, as ours does after a crash.
+                self._run.define_metric("*", step_metric="step")
+            except Exception as error:  # a service: whatever happens there must not cost a run
+                say(f"Weights & Biases is left out of this run: {error}. WANDB_MODE=offline needs no network.")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line. JSON has no infinities, so numbers that are not finite are written as strings."""
@@ -66,32 +86,45 @@ class MetricWriter:
         line = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         try:
             self._file.write(json.dumps({"step": int(step), **line}) + "\n")
+            if self._events is not None:
+                for name, value in numbers.items():
+                    self._events.add_scalar(name, value, int(step))
         except OSError as error:
             raise UserError(f"Cannot write to {self._file.name}, so the run stops here: {error.strerror}.") from error
-        if self._events is not None:
-            for name, value in numbers.items():
-                self._events.add_scalar(name, value, int(step))
+        if self._run is not None:
+            self._run.log({"step": int(step), **numbers})
 
     def close(self) -> None:
-        for sink in (self._file, self._events):
+        for finish in [
+            getattr(self._file, "close", None),
+            getattr(self._events, "close", None),
+            getattr(self._run, "finish", None),
+        ]:
             # A line that could not be written was reported then; closing tries once more.
             with contextlib.suppress(OSError):
-                if sink is not None:
-                    sink.close()
+                if finish is not None:
+                    finish()
+
+
+def _optional(module: str, setting: str):
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f'{setting} needs {module}: pip install "deqjax[log]", or switch it off.') from error
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops lines past `step`, a torn last line, and test results, which every finished run writes anew."""
+    """Drops lines past `step`, damaged ones, and test results, which every finished run writes anew."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+            if entry["step"] <= step and not any(name.startswith("test/") for name in entry):
+                kept.append(line + "\n")
+        except (ValueError, TypeError, KeyError):
             continue
-        if entry["step"] <= step and not any(name.startswith("test/") for name in entry):
-            kept.append(line + "\n")
     replacement = path.with_suffix(".tmp")
     replacement.write_text("".join(kept))
     os.replace(replacement, path)
@@ -115,10 +148,14 @@ class Progress:
             self._paused += time.monotonic() - start
 
     def tick(self, step: int) -> dict[str, float]:
-        """Speed since the last call; empty at the first."""
+        """Speed since the last call, and memory; empty at the first."""
         now, speed = time.monotonic(), {}
         if self._last is not None and step > self._last[1]:
             rate = (step - self._last[1]) / max(now - self._last[0] - self._paused, 1e-9)
-            speed = {"time/steps_per_s": rate, "time/eta_s": max(self._total - step, 0) / rate}
+            speed = {
+                "time/steps_per_s": rate,
+                "time/eta_s": max(self._total - step, 0) / rate,
+                "time/memory_gib": peak_memory(),
+            }
         self._last, self._paused = (now, step), 0.0
         return speed

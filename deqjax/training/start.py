@@ -6,94 +6,138 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deqjax.nn.variables import AdjointProbe, BatchVariable
-from deqjax.training.checkpoint import Checkpoints, committed_steps, fill, load_arrays, load_params
+from deqjax.nn.variables import AdjointProbe
+from deqjax.training.checkpoint import Checkpoints, DamagedCheckpoint, committed_steps, fill, load_arrays
 from deqjax.training.console import say
 from deqjax.training.errors import UserError
 from deqjax.training.mesh import make_mesh
-from deqjax.training.state import TrainState, leaf_path, named_leaves, to_nested_dict
+from deqjax.training.settings import FREE_TO_CHANGE, Settings
+from deqjax.training.state import TrainState, kinds_of_state, leaf_path, named_leaves, to_nested_dict
 from deqjax.training.step import Program, prepare
 from deqjax.training.task import Task
 
 
-def start(task: Task, config: Mapping, checkpoints: Checkpoints, program: Program) -> TrainState:
+def start(task: Task, config: Mapping, checkpoints: Checkpoints, program: Program, allow_changes: bool = False) -> TrainState:
     """The state to begin with: own checkpoint > config.resume > config.init_from > scratch; said aloud."""
-    if (step := checkpoints.latest_step()) is not None:
-        return restore(task, config, checkpoints, step, program)
-    if config.get("resume"):
+    if checkpoints.steps():
+        state, damaged = _restore(task, config, checkpoints, program, allow_changes)
+        for error in damaged:
+            say(f"{error} It is kept as {checkpoints.set_aside(error.step)}.")
+    elif config.get("resume"):
         if not committed_steps(config["resume"]):
             raise UserError(f"config.resume={config['resume']!r} has no checkpoint; it must be the --workdir of a run.")
-        other = Checkpoints(config["resume"])
-        state = restore(task, config, other, other.latest_step(), program)
-        other.close()
-        return state
-    if config.get("init_from"):
-        return initialise_from(task, config, config["init_from"], program)
-    say("Starting from scratch.")
-    return program.init()
-
-
-def restore(task: Task, config: Mapping, checkpoints: Checkpoints, step: int, program: Program) -> TrainState:
-    """A checkpoint of this task, on this data; says what else has changed since."""
-    saved, now = checkpoints.meta(step), json.loads(json.dumps(meta(task, config)))
-    where = f"The checkpoint {checkpoints.directory / str(step)}"
-    if saved["task"] != now["task"]:
-        raise UserError(f"{where} is of the task {saved['task']}, not {now['task']}. Choose another --workdir.")
-    _check_data(checkpoints, step, now)
-    state = checkpoints.restore(step, program.shapes, program.shardings)
-    say(f"Restored step {step} from {checkpoints.directory}.")
-    before, after = named_leaves(saved["config"]), named_leaves(now["config"])
-    for path in sorted(before.keys() | after.keys()):
-        if before.get(path) != after.get(path):
-            say(f"  config.{'.'.join(path)} was {before.get(path)}, is {after.get(path)}")
+        state, _ = _restore(task, config, Checkpoints(config["resume"]), program, allow_changes)
+    elif config.get("init_from"):
+        state = initialise_from(task, config, config["init_from"], program)
+    else:
+        say("Starting from scratch.")
+        state = program.init()
     return state
+
+
+def _restore(task: Task, config: Mapping, checkpoints: Checkpoints, program: Program, allow_changes: bool):
+    """The newest sound checkpoint of this task, on this data, with this config; and the errors of newer ones."""
+    now = json.loads(json.dumps(meta(task, config), default=str))
+
+    def check(step):
+        saved, where = checkpoints.meta(step), f"The checkpoint {checkpoints.directory / str(step)}"
+        if saved["task"] != now["task"]:
+            raise UserError(f"{where} is of the task {saved['task']}, not {now['task']}. Choose another --workdir.")
+        _check_data(checkpoints, step, now)
+        checkpoints.check_model(step, program.shapes)
+        differing = changes(saved["config"], now["config"], getattr(task, "free_to_change", ()))
+        for text, allowed in differing:
+            if allowed or allow_changes:
+                say(f"  {text}")
+        if refused := [text for text, allowed in differing if not allowed and not allow_changes]:
+            raise UserError(
+                f"{where} was made with another config: {'; '.join(refused)}. Choose another --workdir, or go on with the "
+                "new values by --allow_changes."
+            )
+
+    state, damaged = checkpoints.restore_first(checkpoints.steps()[::-1], program.shapes, program.shardings, check)
+    say(f"Restored step {int(state.step)} from {checkpoints.directory}.")
+    return state, damaged
+
+
+def changes(before: Mapping, now: Mapping, free=()) -> list[tuple[str, bool]]:
+    """What differs between two configs, as text, and whether a run may go on with it all the same.
+
+    It may if the setting (or its section) is one of `FREE_TO_CHANGE` or of `free`, or follows from the number of steps.
+    """
+    # A setting of the loop that is not given is at its default.
+    before, now = (named_leaves(Settings.defaults() | dict(config)) for config in (before, now))
+    differing = []
+    for path in sorted(before.keys() | now.keys()):
+        was, is_ = before.get(path), now.get(path)
+        if was == is_:
+            continue
+        follows = was == before.get(("steps",)) and is_ == now.get(("steps",))
+        allowed = follows or any(
+            path[: n + 1] == tuple(name.split(".")) for name in (*FREE_TO_CHANGE, *free) for n in range(len(path))
+        )
+        differing.append((f"config.{'.'.join(path)} was {was}, is {is_}", allowed))
+    return differing
 
 
 def initialise_from(task: Task, config: Mapping, path: str, program: Program) -> TrainState:
     """A new run with the best weights of another run, or with those of a file that the task can import."""
-    state = program.init()
-    if Path(path).is_dir():
-        return _inherit(task, config, state, program, path)
     if not Path(path).exists():
         raise UserError(f"config.init_from={path!r}: there is no such file or run.")
+    if Path(path).is_dir():
+        return _inherit(task, config, program, path)
     if not hasattr(task, "import_checkpoint"):
         raise UserError(f"config.init_from={path!r}: this task imports no files; give the --workdir of another run.")
+    state = program.init()
     model = program.model(state)
     task.import_checkpoint(path, model)
     _, params, _, variables = nnx.split(model, nnx.Param, AdjointProbe, ...)
     loaded = {"params": to_nested_dict(params), "variables": to_nested_dict(variables)}
     shapes, shardings = ({"params": s.params, "variables": s.variables} for s in (program.shapes, program.shardings))
     say(f"Initialised from {path}.")
-    return state.replace(**fill(shapes, shardings, loaded, path))
+    return _with_weights(state, **fill(shapes, shardings, loaded, path))
 
 
-def _inherit(task: Task, config: Mapping, state: TrainState, program: Program, workdir: str) -> TrainState:
-    """All parameters of another run, and its statistics; not its memories and random streams, nor statistics of new parts."""
-    if not committed_steps(workdir):
-        raise UserError(f"There is no checkpoint in {workdir}.")
+def _inherit(task: Task, config: Mapping, program: Program, workdir: str) -> TrainState:
+    """All parameters of another run, their average if it keeps one, and its statistics; not memories and random streams.
+
+    Taken from its best checkpoint that is sound. Statistics that it does not have stay as they are.
+    """
     checkpoints = Checkpoints(workdir, metric=config.get("best_metric", "loss"), mode=config.get("best_mode", "min"))
-    best = checkpoints.best_step()
-    step = checkpoints.latest_step() if best is None else best
-    _check_data(checkpoints, step, meta(task, config))
-    checkpoints.close()
-    params = fill(program.shapes.params, program.shardings.params, load_params(workdir, step), workdir)
-    current, own = named_leaves(state.variables), set()
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    for path, variable in jax.tree_util.tree_flatten_with_path(state.variables, is_leaf=is_variable)[0]:
-        if isinstance(variable, BatchVariable | nnx.RngState):
-            own |= {leaf_path(path) + inner for inner in named_leaves(variable)}
-    saved = load_arrays(workdir, lambda path: path[0] == "variables" and path[1:] in current and path[1:] not in own, step)
-    saved = {path[1:]: array for path, array in named_leaves(saved).items()}
+    state, saved = program.init(), None
+    kinds = named_leaves(kinds_of_state(state.variables))
+
+    def wanted(path):
+        return path[0] in ("params", "ema") or (path[0] == "variables" and kinds.get(path[1:]) == "own")
+
+    for step in dict.fromkeys([*checkpoints.best_steps(), *checkpoints.steps()[::-1]]):
+        try:
+            _check_data(checkpoints, step, meta(task, config))
+            saved = load_arrays(workdir, wanted, step)
+            break
+        except DamagedCheckpoint as error:
+            say(str(error))
+    if saved is None:
+        raise UserError(f"There is no checkpoint in {workdir} that can be read.")
+    params = fill(program.shapes.params, program.shardings.params, saved.get("ema") or saved["params"], workdir)
+    statistics = named_leaves(saved.get("variables", {}))
 
     def choose(path, old):
-        new = saved.get(leaf_path(path))
+        new = statistics.get(leaf_path(path))
         return old if new is None or new.shape != old.shape else jax.device_put(np.asarray(new, old.dtype), old.sharding)
 
     say(f"Took the weights of step {step} from {workdir}.")
-    return state.replace(params=params, variables=jax.tree_util.tree_map_with_path(choose, state.variables))
+    return _with_weights(state, params, jax.tree_util.tree_map_with_path(choose, state.variables))
+
+
+def _with_weights(state: TrainState, params, variables) -> TrainState:
+    """A new run's state with given weights, where their average begins too."""
+    # Copies, for both are donated to the first step.
+    return state.replace(params=params, variables=variables, ema=jax.tree.map(jnp.copy, params) if state.ema else ())
 
 
 def trained_model(task: Task, config: Mapping, workdir) -> nnx.Module:
@@ -138,6 +182,5 @@ def write_config(resolved: dict, workdir) -> None:
     """The config of the run that has just begun, or gone on, as `workdir/config.json`."""
     if jax.process_index() == 0:
         path = Path(workdir) / "config.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".tmp").write_text(json.dumps(resolved, indent=2, default=str) + "\n")
         os.replace(path.with_suffix(".tmp"), path)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from deqjax.nn.variables import BatchVariable
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -22,6 +24,8 @@ class TrainState:
       skipped: updates skipped because loss or gradient was not finite.
       skipped_in_a_row: those since the last good one.
       best: the best value of the validation metric so far.
+      stale: evaluations since then.
+      ema: the moving average of the parameters, or an empty tuple.
     """
 
     step: Any
@@ -32,13 +36,33 @@ class TrainState:
     skipped: Any
     skipped_in_a_row: Any
     best: Any
+    stale: Any
+    ema: Any
 
     @classmethod
-    def create(cls, params, variables, optimizer: optax.GradientTransformation, metric_names, best: float) -> "TrainState":
+    def create(
+        cls, params, variables, optimizer: optax.GradientTransformation, metric_names, best: float, ema: bool = False
+    ) -> "TrainState":
         """The state before the first step."""
-        count = jnp.zeros((), jnp.int32)
+        zero = jnp.zeros((), jnp.int32)
         sums = {name: (jnp.zeros((), float), jnp.zeros((), float)) for name in metric_names}
-        return cls(count, params, variables, optimizer.init(params), sums, count, count, jnp.asarray(best, float))
+        return cls(
+            step=zero,
+            params=params,
+            variables=variables,
+            opt=optimizer.init(params),
+            sums=sums,
+            skipped=zero,
+            skipped_in_a_row=zero,
+            best=jnp.asarray(best, float),
+            stale=zero,
+            ema=params if ema else (),
+        )
+
+    @property
+    def weights(self):
+        """The parameters to evaluate with: their average, where one is kept."""
+        return self.ema or self.params
 
 
 def leaf_path(key_path) -> tuple[str, ...]:
@@ -87,6 +111,17 @@ def from_nested_dict(template, nested: dict):
         return inner
 
     return jax.tree_util.tree_map_with_path(pick, template)
+
+
+def kinds_of_state(variables):
+    """Of each leaf: "row" where axis 0 is the batch, "shared" for what those rows have in common, "random", or else "own"."""
+
+    def mark(node):
+        if isinstance(node, BatchVariable):
+            return jax.tree.map(lambda leaf: "row" if leaf.ndim else "shared", node)
+        return jax.tree.map(lambda _: "random" if isinstance(node, nnx.RngState) else "own", node)
+
+    return jax.tree.map(mark, variables, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def count_parameters(params) -> int:

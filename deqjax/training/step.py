@@ -11,9 +11,12 @@ from flax import nnx
 
 from deqjax.core.gradients import PROBE_ENTRIES
 from deqjax.nn.variables import AdjointProbe
+from deqjax.training.accumulate import accumulated
 from deqjax.training.errors import UserError
-from deqjax.training.mesh import replicated, state_shardings
+from deqjax.training.layout import parameter_shardings, state_shardings
+from deqjax.training.mesh import check_divisible, replicated
 from deqjax.training.optimizer import build_optimizer
+from deqjax.training.settings import Settings
 from deqjax.training.state import TrainState, merged, named_leaves
 from deqjax.training.task import Task
 
@@ -26,15 +29,21 @@ class Program(NamedTuple):
 
     mesh: Any
     graphdef: Any
-    probes: Any
+    probes: Any  # shapes
     optimizer: optax.GradientTransformation
     init: Any
     shapes: TrainState
     shardings: TrainState
+    gathered: Any  # the parameters' shardings during a step
 
     def model(self, state: TrainState) -> nnx.Module:
-        """A model of its own with the state's arrays."""
-        return merged(self.graphdef, state.params, self.probes, state.variables)
+        """A model of its own with the state's arrays, the averaged weights if there are any."""
+        return merged(self.graphdef, state.weights, zeros_like(self.probes), state.variables)
+
+
+def zeros_like(shapes):
+    """Zeros for a tree of shapes."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
@@ -42,39 +51,43 @@ def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
 
     Without a batch there will be no training: no metrics, no optimiser, and memories need not be shared out.
     """
-    seed = int(config["seed"])
+    seed, training = int(config["seed"]), batch is not None
     best = np.inf if config.get("best_mode", "min") == "min" else -np.inf
-    training = batch is not None
     optimizer = build_optimizer(config["optimizer"], getattr(task, "tied_updates", ())) if training else optax.identity()
+    settings = Settings.read(config) if training else None
     new_model = lambda: task.model(nnx.Rngs(seed))  # noqa: E731
     try:
         abstract = nnx.eval_shape(new_model)
     except ValueError as error:
         raise UserError(f"The model cannot be built from this config: {error}") from error
     graphdef, params, probes, variables = nnx.split(abstract, nnx.Param, AdjointProbe, ...)
-    probes = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), probes)
     metric_names: tuple[str, ...] = ()
     if training:
-        loss = loss_function(task, graphdef, jax.random.key(seed))
+        for name, array in batch.items():
+            check_divisible(mesh, array.shape[0] if array.ndim else 0, f"The batch's {name!r}", settings.accumulate)
+        loss = loss_function(task, graphdef, seed)
         metrics = jax.eval_shape(loss, params, probes, variables, batch, jnp.zeros((), jnp.int32))[1][0]
         backward = [f"backward/{name}" for name in BACKWARD_VITALS] if jax.tree.leaves(probes) else []
         metric_names = (*metrics, *backward)
 
     def create() -> TrainState:
         _, params, _, variables = nnx.split(new_model(), nnx.Param, AdjointProbe, ...)
-        return TrainState.create(params, variables, optimizer, metric_names, best)
+        return TrainState.create(params, variables, optimizer, metric_names, best, training and settings.ema > 0)
 
-    shapes = jax.eval_shape(create)
-    shardings = state_shardings(mesh, shapes) if training else jax.tree.map(lambda _: replicated(mesh), shapes)
-    return Program(mesh, graphdef, probes, optimizer, jax.jit(create, out_shardings=shardings), shapes, shardings)
+    shapes, layout = jax.eval_shape(create), getattr(task, "layout", ())
+    shardings = state_shardings(mesh, shapes, layout) if training else jax.tree.map(lambda _: replicated(mesh), shapes)
+    gathered = parameter_shardings(mesh, shapes.params, layout, gathered=True)
+    init = jax.jit(create, out_shardings=shardings)
+    return Program(mesh, graphdef, probes, optimizer, init, shapes, shardings, gathered)
 
 
-def loss_function(task: Task, graphdef, seed_key):
-    """`Task.loss` as a pure function: (params, probes, variables, batch, step) -> (loss, (metrics, variables))."""
+def loss_function(task: Task, graphdef, seed: int):
+    """`Task.loss` as a pure function: (params, probes, variables, batch, step, slice) -> (loss, (metrics, variables))."""
 
-    def loss(params, probes, variables, batch, step):
+    def loss(params, probes, variables, batch, step, part=None):
         model = merged(graphdef, params, probes, variables)
-        value, metrics = task.loss(model, batch, jax.random.fold_in(seed_key, step), step)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        value, metrics = task.loss(model, batch, key if part is None else jax.random.fold_in(key, part), step)
         updated = named_leaves(nnx.split(model, nnx.Param, AdjointProbe, ...)[3])
         before = named_leaves(variables)
         for path in sorted(before.keys() | updated.keys()):
@@ -90,17 +103,23 @@ def loss_function(task: Task, graphdef, seed_key):
 
 def step_function(task: Task, config: Mapping, program: Program, log_every: int):
     """One update: (state, batch) -> (state, the metrics' sums since the last log line, a report of this step)."""
-    loss = loss_function(task, program.graphdef, jax.random.key(int(config["seed"])))
-    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    loss = loss_function(task, program.graphdef, int(config["seed"]))
+    settings = Settings.read(config)
+    gradient = accumulated(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), settings.accumulate)
 
     def update(state: TrainState, batch):
+        # A solve applies the same weights at every step, so what is split over fsdp is put together once, before it.
+        params = jax.lax.with_sharding_constraint(state.params, program.gathered)
         (value, (metrics, variables)), (grads, measured) = gradient(
-            state.params, program.probes, state.variables, batch, state.step
+            params, zeros_like(program.probes), state.variables, batch, state.step
         )
+        # Whole gradients too: otherwise their split would reach back into the solve. Each device then updates its part.
+        grads = jax.lax.with_sharding_constraint(grads, program.gathered)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         updates, opt = program.optimizer.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - settings.ema) if settings.ema else ()
 
         # A bad step leaves no trace in the state, memories and statistics included.
         keep = lambda new, old: jax.tree.map(lambda n, o: jax.lax.select(finite, n.astype(o.dtype), o), new, old)  # noqa: E731
@@ -118,15 +137,15 @@ def step_function(task: Task, config: Mapping, program: Program, log_every: int)
             )
         bad = (~finite).astype(jnp.int32)
         skipped, in_a_row = state.skipped + bad, (state.skipped_in_a_row + bad) * bad
-        new_state = TrainState(
+        new_state = state.replace(
             step=state.step + 1,
             params=keep(params, state.params),
             variables=keep(variables, state.variables),
             opt=keep(opt, state.opt),
+            ema=keep(ema, state.ema),
             sums=sums,
             skipped=skipped,
             skipped_in_a_row=in_a_row,
-            best=state.best,
         )
         return new_state, sums, {"grad_norm": grad_norm, "skipped": skipped, "skipped_in_a_row": in_a_row}
 

@@ -12,7 +12,10 @@ class Stream(Protocol):
     """Training batches by number."""
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """This process's share of batch `step`: arrays `[B_local, ...]` and scalars. A function of seed and step alone."""
+        """This process's share of batch `step`: arrays `[B_local, ...]` and scalars. A function of seed and step alone.
+
+        Which rows are its share: `deqjax.training.mesh.process_share`.
+        """
         ...
 
 
@@ -25,6 +28,8 @@ class Task(Protocol):
       fingerprint: anything JSON that must be equal for a checkpoint to be resumed, such as a vocabulary's hash.
       items_per_step: `(unit, number)`, e.g. `("tokens", 9000)`, for the speed on the console.
       tied_updates: groups of parameter paths, see `deqjax.training.optimizer.tie_updates`.
+      layout: how large parameters may be split over the mesh axis `model`, see `deqjax.training.layout.Layout`.
+      free_to_change: settings, or sections of them, that do not change what training computes: a resumed run may have others.
       import_checkpoint(path, model): puts published weights of another format into the model; `config.init_from` passes
         files to it.
       show(model, workdir): pictures, after the final evaluation.

@@ -80,7 +80,7 @@ def test_training_learns_and_logs_the_vitals(unbroken):
 
 def test_stopping_anywhere_and_going_on_changes_nothing(unbroken, tmp_path):
     # Five steps are no multiple of log_every or eval_every.
-    train(tmp_path, steps=5, eval_every=4)
+    train(tmp_path, steps=5)
     kept = [entry for entry in lines(tmp_path) if entry["step"] <= 4]
     with (tmp_path / "metrics.jsonl").open("w") as file:
         file.writelines(json.dumps(entry) + "\n" for entry in kept)
@@ -170,17 +170,6 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(unbroken):
         train(unbroken[1], width=2)
 
 
-def test_a_damaged_checkpoint_says_what_to_remove(tmp_path):
-    train(tmp_path, steps=5)
-    for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    with pytest.raises(
-        UserError, match=r"checkpoints/5 cannot be read: its list of arrays.*Remove that folder and the run starts anew"
-    ):
-        train(tmp_path)
-
-
 def test_a_save_that_fails_at_once_stops_the_run(tmp_path, monkeypatch):
     original = checkpoint.ocp.CheckpointManager.save
 
@@ -201,6 +190,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(unbroken, tmp_path, mon
 
     def save(self, step, *args, **kwargs):
         if step == 8:
+            self.wait_until_finished()
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
         return original(self, step, *args, **kwargs)
 

@@ -47,6 +47,7 @@ class TinyModel(nnx.Module):
 
 class TinyTask:
     name = "tiny"
+    free_to_change = ("sleep",)
     modes = ("train", "eval", "weights")
     items_per_step = ("rows", BATCH)
 

@@ -1,0 +1,39 @@
+"""Compiled programs are kept, so that a restart does not compile them again."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+FOLDER = "compiled"
+# Anything quicker is not worth a file.
+SECONDS = 0.1
+
+
+@contextlib.contextmanager
+def kept_in(workdir):
+    """JAX's persistent compilation cache in `workdir/compiled`, unless `JAX_COMPILATION_CACHE_DIR` says where, or that is "".
+
+    A directory that cannot be written is left alone: programs are then compiled anew.
+    """
+    folder = Path(workdir).absolute() / FOLDER
+    if jax.config.jax_compilation_cache_dir is not None:
+        yield
+        return
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        if folder.is_dir():
+            _use(str(folder), SECONDS)
+        yield
+    finally:
+        _use(None, seconds)
+
+
+def _use(folder, seconds):
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    # The directory in use is looked up once; forget it.
+    compilation_cache.reset_cache()
