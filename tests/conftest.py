@@ -1,8 +1,18 @@
-"""Eight virtual devices and float64 for every test, and the package's annotations checked at every call."""
+"""Eight virtual devices and float64 for every test, and the package's annotations checked at every call.
 
+What is compiled is kept for the session: many tests run the same programs, some in processes of their own.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="deqjax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 from jaxtyping import install_import_hook

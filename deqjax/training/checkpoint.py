@@ -58,6 +58,7 @@ class Checkpoints:
             preservation_policy=self, cleanup_tmp_directories=True, lightweight_initialize=True
         )
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
         except (OSError, ValueError) as error:
             raise UserError(f"Cannot keep checkpoints in {self.directory}: {_first_line(error)}.") from error
@@ -103,6 +104,7 @@ class Checkpoints:
         meta = sealed(meta | {"sums": sums, "evaluation": evaluation, "arrays": described(nested)})
         items = {"state": ocp.args.StandardSave(nested), "meta": ocp.args.JsonSave(meta)}
         try:
+            self._manager.wait_until_finished()
             self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError, RuntimeError) as error:
             raise self._save_failed(error) from error

@@ -1,61 +1,18 @@
 import json
 import os
-import pathlib
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from deqjax.training import checkpoint, loop
 from deqjax.training.checkpoint import committed_steps, load_params
 from deqjax.training.errors import UserError
-from deqjax.training.state import named_leaves
+from tests.training.runs import arrays, assert_equal_states, lines, start, train
 from tests.training.tiny import TinyTask, get_config
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def train(workdir, **changes):
-    config = get_config()
-    config.update_from_flattened_dict(changes)
-    return loop.train(TinyTask(config), config, workdir)
-
-
-def lines(workdir):
-    """The log without what depends on the clock."""
-    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if not name.startswith("time/")} for entry in entries]
-
-
-def arrays(state):
-    raw = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    return {path: np.asarray(raw(leaf)) for path, leaf in named_leaves(state).items()}
-
-
-def assert_equal_states(a, b):
-    a, b = arrays(a), arrays(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        np.testing.assert_array_equal(a[path], b[path], err_msg="/".join(path))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Each run here compiles the same programs: keep them."""
-    folder, seconds = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +47,7 @@ def test_stopping_anywhere_and_going_on_changes_nothing(unbroken, tmp_path):
 
 
 def test_a_killed_process_resumes_bit_for_bit(unbroken, tmp_path):
-    command = [sys.executable, "-m", "tests.training.tiny", "--config", "tests/training/tiny.py", f"--workdir={tmp_path}"]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen([*command, "--config.sleep=0.3"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    process = start(tmp_path, "--config.sleep=0.3")
     deadline = time.monotonic() + 60
     while not committed_steps(tmp_path) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)

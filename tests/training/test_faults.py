@@ -1,0 +1,266 @@
+"""What goes wrong around a run, and that nothing is lost by it."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from deqjax.data.errors import DataError
+from deqjax.training import loop
+from deqjax.training.checkpoint import Checkpoints, committed_steps, load_params
+from deqjax.training.errors import UserError
+from tests.training.runs import assert_equal_states, lines, start, train
+from tests.training.tiny import TinyTask, get_config
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    return train(workdir), workdir
+
+
+def stopped_at_5(workdir):
+    """A run that ends in the middle, with the checkpoints of steps 4 and 5."""
+    original = TinyTask.batch
+
+    def batch(self, step):
+        if step == 5:
+            raise DataError("no more")
+        return original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no more"):
+        patch.setattr(TinyTask, "batch", batch)
+        train(workdir)
+    assert committed_steps(workdir) == [4, 5]
+
+
+def files_of(checkpoint):
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("harm", [empty, truncate, flip_a_bit, remove])
+def test_a_damaged_newest_checkpoint_makes_way_for_the_one_before(harm, unbroken, tmp_path, capsys):
+    stopped_at_5(tmp_path)
+    for path in files_of(tmp_path / "checkpoints" / "5"):
+        harm(path)
+    capsys.readouterr()
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "checkpoints/5 cannot be read" in out and "It is kept as" in out and "Restored step 4" in out
+    assert (tmp_path / "damaged" / "5").is_dir()
+
+
+def test_no_single_flipped_bit_gets_into_a_run(unbroken, tmp_path, capsys):
+    """In each file in turn: the run either notices, or goes on with exactly what was saved."""
+    stopped_at_5(tmp_path)
+    noticed = 0
+    for path in files_of(tmp_path / "checkpoints" / "5"):
+        sound = path.read_bytes()
+        if not sound:
+            continue
+        flip_a_bit(path)
+        capsys.readouterr()
+        try:
+            params = load_params(tmp_path, 5)
+        except UserError:
+            noticed += 1
+        else:
+            path.write_bytes(sound)
+            for ours, expected in zip(*map(jax.tree.leaves, (params, load_params(tmp_path, 5))), strict=True):
+                np.testing.assert_array_equal(ours, expected)
+        path.write_bytes(sound)
+    assert noticed >= 2
+
+
+def test_an_array_that_reads_well_but_is_another_is_noticed(tmp_path):
+    stopped_at_5(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
+    meta = checkpoints.directory / "5" / "meta" / "metadata"
+    content = json.loads(meta.read_text())
+    content["arrays"]["params/linear/kernel"][2] ^= 4
+    from deqjax.training.integrity import sealed
+
+    meta.write_text(json.dumps(sealed({k: v for k, v in content.items() if k != "seal"})))
+    with pytest.raises(UserError, match="1 arrays are not what was written, params/linear/kernel for one"):
+        load_params(tmp_path, 5)
+
+
+def test_if_no_checkpoint_is_sound_the_run_does_not_start_over_by_itself(tmp_path):
+    stopped_at_5(tmp_path)
+    for step in (4, 5):
+        for path in files_of(tmp_path / "checkpoints" / str(step)):
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoints/5 cannot be read.*No other is sound either. Remove .* starts anew"):
+        train(tmp_path)
+    assert committed_steps(tmp_path) == [4, 5]
+
+
+def test_a_damaged_best_checkpoint_leaves_the_next_best(tmp_path, capsys):
+    train(tmp_path, keep=2)
+    best, second = Checkpoints(tmp_path).best_steps()[:2]
+    for path in files_of(tmp_path / "checkpoints" / str(best)):
+        truncate(path)
+    config = get_config()
+    capsys.readouterr()
+    loop.evaluate(TinyTask(config), config, tmp_path)
+    assert f"Took the weights of step {second}" in capsys.readouterr().out
+
+
+def test_leftovers_and_strangers_among_the_checkpoints_do_no_harm(unbroken, tmp_path):
+    stopped_at_5(tmp_path)
+    folder = tmp_path / "checkpoints"
+    (folder / "8.orbax-checkpoint-tmp-0").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "old").mkdir()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe garbage\n[1]\n{"no": "step"}\n{"step": 9, "train/loss": 1.0}\n{"step": 10, "tra')
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_second_process_on_a_workdir_is_refused(tmp_path):
+    first = start(tmp_path, "--config.sleep=0.5")
+    try:
+        while not (tmp_path / "metrics.jsonl").exists() and first.poll() is None:
+            time.sleep(0.05)
+        with pytest.raises(UserError, match=rf"is in use: process {first.pid} on .* trains there"):
+            train(tmp_path)
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.communicate()
+    # The lock of a killed process is gone with it.
+    train(tmp_path)
+
+
+def test_neither_clock_nor_hostname_matter(unbroken, tmp_path, monkeypatch):
+    stopped_at_5(tmp_path)
+    assert socket.gethostname() in (tmp_path / ".lock").read_text()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 1e9)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+    assert "elsewhere" in (tmp_path / ".lock").read_text()
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_at_once(tmp_path):
+    process = start("/proc/run")
+    err = process.communicate()[1]
+    assert process.returncode == 2 and "/proc/run cannot be written" in err and "Traceback" not in err
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="Cannot keep checkpoints"):
+        train(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount")
+def test_a_file_system_that_becomes_read_only_or_full_keeps_the_last_checkpoint(unbroken, tmp_path):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(tmp_path)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        stopped_at_5(tmp_path)
+        before = load_params(tmp_path)
+        free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+        ballast = tmp_path / "ballast"
+        ballast.write_bytes(b"x" * max(free - 8192, 0))
+        with pytest.raises((UserError, OSError)):
+            train(tmp_path)
+        np.testing.assert_array_equal(load_params(tmp_path)["linear"]["kernel"], before["linear"]["kernel"])
+        ballast.unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True)
+        with pytest.raises(UserError, match="cannot be written"):
+            train(tmp_path)
+        config = get_config()
+        assert loop.evaluate(TinyTask(config), config, tmp_path)  # evaluating needs no writing
+        subprocess.run(["mount", "-o", "remount,rw", str(tmp_path)], check=True)
+        assert_equal_states(train(tmp_path), unbroken[0])
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("error", [DataError("shard 3 is gone"), FileNotFoundError(2, "No such file", "/data/shard3")])
+def test_data_that_disappear_cost_no_work(error, unbroken, tmp_path, monkeypatch):
+    original = TinyTask.batch
+
+    def batch(self, step):
+        if step == 7:
+            raise error
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyTask, "batch", batch)
+        with pytest.raises(UserError, match=r"stops at step 7: .*shard.*goes on from step 7"):
+            train(tmp_path)
+    assert committed_steps(tmp_path)[-1] == 7
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+
+
+def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path, capsys):
+    stopped_at_5(tmp_path)
+    changed = {"optimizer.learning_rate": 0.1, "seed": 4, "log_every": 2}
+    with pytest.raises(
+        UserError,
+        match=r"another config: config.optimizer.learning_rate was 0.05, is 0.1; config.seed was 3, is 4\. .*--allow_",
+    ):
+        train(tmp_path, **changed)
+    capsys.readouterr()
+    assert int(train(tmp_path, allow_changes=True, **changed).step) == 12
+    out = capsys.readouterr().out
+    assert "config.seed was 3, is 4" in out and "config.log_every was 3, is 2" in out
+
+
+def test_a_batch_that_makes_the_solver_fail_is_counted_and_survived(tmp_path, monkeypatch):
+    original = TinyTask.batch
+
+    def batch(self, step):
+        drawn = original(self, step)
+        return drawn | {"x": np.full_like(drawn["x"], np.inf)} if step == 4 else drawn
+
+    monkeypatch.setattr(TinyTask, "batch", batch)
+    state = train(tmp_path)
+    assert int(state.skipped) == 1 and int(state.step) == 12
+    log = [entry for entry in lines(tmp_path) if "train/skipped" in entry]
+    assert [entry["train/skipped"] for entry in log] == [0, 1, 1, 1]
+    assert all(np.isfinite(entry["train/loss"]) for entry in log)
+
+
+def test_sigterm_from_outside_saves_and_ends_with_status_0(unbroken, tmp_path):
+    process = start(tmp_path, "--config.sleep=0.3")
+    while not (pathlib.Path(tmp_path) / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "SIGTERM: saved step" in out and "The same command goes on from there" in out
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
