@@ -56,7 +56,7 @@ def parameter_spec(sizes: dict[str, int], path: str, shape: tuple[int, ...], lay
     """Mesh axes by axis of one array. What does not divide evenly is not split."""
     spec: list = [None] * len(shape)
     for pattern, axis, units in layout:
-        if sizes["model"] > 1 and axis < len(shape) and re.search(pattern, path):
+        if sizes["model"] > 1 and -len(shape) <= axis < len(shape) and re.search(pattern, path):
             if units % sizes["model"] == 0 and shape[axis] % sizes["model"] == 0:
                 spec[axis] = "model"
             break

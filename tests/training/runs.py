@@ -8,8 +8,11 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
+from deqjax.data.errors import DataError
 from deqjax.training import loop
+from deqjax.training.errors import UserError
 from deqjax.training.state import named_leaves
 from tests.training.tiny import TinyTask, get_config
 
@@ -24,10 +27,24 @@ def train(workdir, *, allow_changes=False, profile_steps=0, **changes):
     return loop.train(TinyTask(config), config, workdir, allow_changes=allow_changes, profile_steps=profile_steps)
 
 
+def stopped(workdir, at, **changes):
+    """A run that its data stop, with its checkpoint, at a step."""
+    original = TinyTask.batch
+
+    def batch(self, step):
+        if step == at:
+            raise DataError("no more")
+        return original(self, step)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no more"):
+        patch.setattr(TinyTask, "batch", batch)
+        train(workdir, **changes)
+
+
 def start(workdir, *arguments, module="tests.training.tiny", config="tests/training/tiny.py", **environment):
-    """The same from the command line, in a process of its own."""
+    """The same from the command line, in a process of its own; a variable that is None is unset."""
     command = [sys.executable, "-m", module, f"--config={config}", f"--workdir={workdir}", *arguments]
-    environment = os.environ | ENVIRONMENT | environment
+    environment = {name: value for name, value in (os.environ | ENVIRONMENT | environment).items() if value is not None}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -16,7 +16,7 @@ from deqjax.data.errors import DataError
 from deqjax.training import loop
 from deqjax.training.checkpoint import Checkpoints, committed_steps, load_params
 from deqjax.training.errors import UserError
-from tests.training.runs import assert_equal_states, lines, start, train
+from tests.training.runs import assert_equal_states, lines, start, stopped, train
 from tests.training.tiny import TinyTask, get_config
 
 
@@ -24,21 +24,6 @@ from tests.training.tiny import TinyTask, get_config
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
     return train(workdir), workdir
-
-
-def stopped_at_5(workdir):
-    """A run that ends in the middle, with the checkpoints of steps 4 and 5."""
-    original = TinyTask.batch
-
-    def batch(self, step):
-        if step == 5:
-            raise DataError("no more")
-        return original(self, step)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="no more"):
-        patch.setattr(TinyTask, "batch", batch)
-        train(workdir)
-    assert committed_steps(workdir) == [4, 5]
 
 
 def files_of(checkpoint):
@@ -65,7 +50,7 @@ def remove(path):
 
 @pytest.mark.parametrize("harm", [empty, truncate, flip_a_bit, remove])
 def test_a_damaged_newest_checkpoint_makes_way_for_the_one_before(harm, unbroken, tmp_path, capsys):
-    stopped_at_5(tmp_path)
+    stopped(tmp_path, 5)
     for path in files_of(tmp_path / "checkpoints" / "5"):
         harm(path)
     capsys.readouterr()
@@ -78,7 +63,7 @@ def test_a_damaged_newest_checkpoint_makes_way_for_the_one_before(harm, unbroken
 
 def test_no_single_flipped_bit_gets_into_a_run(unbroken, tmp_path, capsys):
     """In each file in turn: the run either notices, or goes on with exactly what was saved."""
-    stopped_at_5(tmp_path)
+    stopped(tmp_path, 5)
     noticed = 0
     for path in files_of(tmp_path / "checkpoints" / "5"):
         sound = path.read_bytes()
@@ -99,7 +84,7 @@ def test_no_single_flipped_bit_gets_into_a_run(unbroken, tmp_path, capsys):
 
 
 def test_an_array_that_reads_well_but_is_another_is_noticed(tmp_path):
-    stopped_at_5(tmp_path)
+    stopped(tmp_path, 5)
     checkpoints = Checkpoints(tmp_path)
     meta = checkpoints.directory / "5" / "meta" / "metadata"
     content = json.loads(meta.read_text())
@@ -112,7 +97,7 @@ def test_an_array_that_reads_well_but_is_another_is_noticed(tmp_path):
 
 
 def test_if_no_checkpoint_is_sound_the_run_does_not_start_over_by_itself(tmp_path):
-    stopped_at_5(tmp_path)
+    stopped(tmp_path, 5)
     for step in (4, 5):
         for path in files_of(tmp_path / "checkpoints" / str(step)):
             path.write_bytes(b"")
@@ -133,7 +118,7 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best(tmp_path, capsys):
 
 
 def test_leftovers_and_strangers_among_the_checkpoints_do_no_harm(unbroken, tmp_path):
-    stopped_at_5(tmp_path)
+    stopped(tmp_path, 5)
     folder = tmp_path / "checkpoints"
     (folder / "8.orbax-checkpoint-tmp-0").mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -161,7 +146,7 @@ def test_a_second_process_on_a_workdir_is_refused(tmp_path):
 
 
 def test_neither_clock_nor_hostname_matter(unbroken, tmp_path, monkeypatch):
-    stopped_at_5(tmp_path)
+    stopped(tmp_path, 5)
     assert socket.gethostname() in (tmp_path / ".lock").read_text()
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() - 1e9)
@@ -186,7 +171,7 @@ def test_a_file_system_that_becomes_read_only_or_full_keeps_the_last_checkpoint(
     if mounted.returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        stopped_at_5(tmp_path)
+        stopped(tmp_path, 5)
         before = load_params(tmp_path)
         free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
         ballast = tmp_path / "ballast"
@@ -225,7 +210,7 @@ def test_data_that_disappear_cost_no_work(error, unbroken, tmp_path, monkeypatch
 
 
 def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path, capsys):
-    stopped_at_5(tmp_path)
+    stopped(tmp_path, 5)
     changed = {"optimizer.learning_rate": 0.1, "seed": 4, "log_every": 2}
     with pytest.raises(
         UserError,

@@ -14,6 +14,7 @@ from deqjax.core.gradients import adjoint_probe
 from deqjax.core.implicit import Implicit
 from deqjax.core.solvers.picard import Picard
 from deqjax.nn.variables import AdjointProbe, BatchVariable
+from deqjax.training.mesh import make_mesh, process_share
 
 BATCH, FEATURES = 16, 4
 
@@ -24,14 +25,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "model": 1})
     config.width = 2 if variant == "wide" else 1
     config.poison_from, config.poison_to, config.sleep, config.tensorboard = 0, 0, 0.0, False
+    config.dropout, config.noise = 0.1, 1e-3
+    config.accumulate, config.ema, config.patience, config.keep, config.wandb = 1, 0.0, 0, 1, ""
     config.init_from = config.resume = ""
     return config
 
 
 class TinyModel(nnx.Module):
-    def __init__(self, width: int, rngs: nnx.Rngs):
+    def __init__(self, width: int, dropout: float, rngs: nnx.Rngs):
         self.linear = nnx.Linear(FEATURES, width, rngs=rngs)
-        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.memory = BatchVariable(jnp.zeros((BATCH, width)))
         self.mean = nnx.BatchStat(jnp.zeros(()))
         self.probe = AdjointProbe(adjoint_probe())
@@ -49,6 +52,7 @@ class TinyTask:
     name = "tiny"
     free_to_change = ("sleep",)
     modes = ("train", "eval", "weights")
+    layout = (("linear/(kernel|bias)", -1, 2),)
     items_per_step = ("rows", BATCH)
 
     def __init__(self, config):
@@ -57,12 +61,17 @@ class TinyTask:
         self.config = config
 
     def model(self, rngs):
-        return TinyModel(self.config.width, rngs)
+        return TinyModel(self.config.width, self.config.dropout, rngs)
 
     def data(self, split):
         return self
 
     def batch(self, step):
+        part, parts = process_share(make_mesh(self.config.mesh))
+        rows = slice(part * BATCH // parts, (part + 1) * BATCH // parts)
+        return {name: x[rows] if x.ndim else x for name, x in self.whole_batch(step).items()}
+
+    def whole_batch(self, step):
         time.sleep(self.config.sleep)
         random = np.random.default_rng((self.config.seed, step))
         x = random.normal(size=(BATCH, FEATURES))
@@ -73,13 +82,14 @@ class TinyTask:
     def loss(self, model, batch, key, step):
         memory = jnp.where(batch["reset"], 0.0, model.memory[...])
         prediction = model(model.dropout(batch["x"])) + 0.01 * memory
-        loss = jnp.mean((prediction - batch["y"]) ** 2) + 1e-3 * jax.random.normal(key) * jnp.mean(prediction)
+        loss = jnp.mean((prediction - batch["y"]) ** 2) + self.config.noise * jax.random.normal(key) * jnp.mean(prediction)
         model.memory[...] = jax.lax.stop_gradient(prediction)
         model.mean[...] = 0.9 * model.mean[...] + 0.1 * jax.lax.stop_gradient(jnp.mean(prediction))
-        return loss, {"loss": (loss * BATCH, BATCH)}
+        rows = len(prediction)
+        return loss, {"loss": (loss * rows, jnp.asarray(rows, loss.dtype))}
 
     def evaluate(self, model, split):
-        batch = self.batch(10_000 if split == "valid" else 20_000)
+        batch = self.whole_batch(10_000 if split == "valid" else 20_000)
         return {"loss": float(jnp.mean((model(batch["x"]) - batch["y"]) ** 2)), "mean": float(model.mean[...])}
 
     def weights(self, model):
