@@ -1,6 +1,7 @@
 """Compiled programs are kept, so that a restart does not compile them again."""
 
 import contextlib
+import zlib
 from pathlib import Path
 
 import jax
@@ -23,6 +24,7 @@ def kept_in(workdir):
         return
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
+        _drop_torn(folder)
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     try:
         if folder.is_dir():
@@ -30,6 +32,19 @@ def kept_in(workdir):
         yield
     finally:
         _use(None, seconds)
+
+
+def _drop_torn(folder: Path) -> None:
+    """Removes the newest program if a kill in the middle of writing cut it short: JAX would not write it again."""
+    newest = max(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    content = b"" if newest is None else newest.read_bytes()
+    try:
+        # JAX compresses with zlib, or with zstandard where that is installed.
+        if not content.startswith(b"\x28\xb5\x2f\xfd"):
+            zlib.decompress(content)
+    except zlib.error:
+        if newest is not None:
+            newest.unlink()
 
 
 def _use(folder, seconds):

@@ -2,12 +2,19 @@
 
 import jax
 from jax import export
+from jax.sharding import NamedSharding
 
 PLATFORMS = ("tpu", "cuda", "cpu")
 
 
 def shapes_of(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
+    """Shapes, with their shardings where they are on a mesh."""
+
+    def shape(x):
+        sharding = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if isinstance(sharding, NamedSharding) else None)
+
+    return jax.tree.map(shape, tree)
 
 
 def lowers_everywhere(function, *arguments) -> None:
