@@ -42,7 +42,7 @@ def locked(workdir):
 def _acquire(path: Path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = path.open("a+", errors="replace")
     except OSError as error:
         raise UserError(
             f"The working directory {path.parent.absolute()} cannot be written: {error.strerror}. Choose another --workdir."

@@ -90,17 +90,18 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
       UserError: it is wrong.
     """
     values = flags.FlagValues()
-    define = {kind: functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values) for kind in ("string", "bool")}
-    whole = functools.partial(flags.DEFINE_integer, flag_values=values, lower_bound=0)
-    define["string"]("workdir", None, f"Directory of the run [{default_workdir}/<config name>].")
+    text = functools.partial(flags.DEFINE_string, flag_values=values)
+    switch = functools.partial(flags.DEFINE_bool, flag_values=values)
+    number = functools.partial(flags.DEFINE_integer, flag_values=values, lower_bound=0)
+    text("workdir", None, f"Directory of the run [{default_workdir}/<config name>].")
     flags.DEFINE_enum("mode", "train", list(modes), "What to do.", flag_values=values)
-    define["bool"]("allow_changes", False, "Go on with a checkpoint although the config is another now.")
-    whole("profile_steps", 0, "Trace so many training steps to WORKDIR/profile.")
-    define["bool"]("distributed", False, "One of several processes, which JAX finds (SLURM, Kubernetes, Cloud TPU).")
-    define["string"]("coordinator", None, "HOST:PORT of the first of several processes.")
-    whole("num_processes", None, "How many processes there are.")
-    whole("process_id", None, "Which of them this is, from 0.")
-    flags.DEFINE_bool("help", False, "Show this and stop.", short_name="h", flag_values=values)
+    switch("allow_changes", False, "Go on with a checkpoint although the config is another now.")
+    number("profile_steps", 0, "Trace so many training steps to WORKDIR/profile.")
+    switch("distributed", False, "One of several processes, which JAX finds (SLURM, Kubernetes, Cloud TPU).")
+    text("coordinator", None, "HOST:PORT of the first of several processes.")
+    number("num_processes", None, "How many processes there are.")
+    number("process_id", None, "Which of them this is, from 0.")
+    switch("help", False, "Show this and stop.", short_name="h")
     if any(arg in ("--help", "-h", "-help") for arg in argv[1:]):
         print(f"usage: {argv[0]} --config FILE [--config.key=value ...] [options]\n{values.get_help()}")
         raise SystemExit(0)
@@ -117,7 +118,7 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
     _check_overrides(remaining, config)
     try:
         config_flags.DEFINE_config_dict("config", config, "Settings of the recipe.", values, sys_argv=remaining)
-        flags.DEFINE_string("config_path", path, "", flag_values=values)
+        text("config_path", path, "")
         rest = values(remaining)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"{_message(error)}. {usage}") from error

@@ -34,11 +34,12 @@ class Program(NamedTuple):
     init: Any
     shapes: TrainState
     shardings: TrainState
-    gathered: Any  # the parameters' shardings during a step
+    gathered: Any  # the parameters' shardings during a step and in a model
 
     def model(self, state: TrainState) -> nnx.Module:
         """A model of its own with the state's arrays, the averaged weights if there are any."""
-        return merged(self.graphdef, state.weights, zeros_like(self.probes), state.variables)
+        weights = jax.device_put(state.weights, self.gathered)
+        return merged(self.graphdef, weights, zeros_like(self.probes), state.variables)
 
 
 def zeros_like(shapes):

@@ -18,10 +18,12 @@ from jax.sharding import PartitionSpec as P
 
 from configs import pydoc
 from deqjax.models.transformer import Memory
+from deqjax.training import loop
 from deqjax.training.checkpoint import Checkpoints, committed_steps, load_arrays
-from deqjax.training.mesh import place_batch
+from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import named_leaves
 from deqjax.training.step import prepare, step_function
+from experiments import deq_lm
 from experiments.deq_lm import LanguageModelTask, main
 from tests.training.collectives import collectives
 from tests.training.lowering import lowers_everywhere
@@ -220,7 +222,8 @@ def test_a_solve_on_many_devices_talks_once_per_check_and_twice_per_evaluation(c
 
 def test_large_matrices_are_split_over_model(corpus):
     task = small_task(corpus, **{"model.recipe": "deq-lm", "model.div_val": 2})
-    program, *_ = compiled_step(task, mesh_of((2, 2, 2)))
+    mesh = mesh_of((2, 2, 2))
+    program = prepare(task, task.config, mesh, place_batch(mesh, task.data("train").batch(0)))
     split = {"/".join(path): s.spec for path, s in named_leaves(program.shardings.params).items() if "model" in s.spec}
     block = "lm/cell/blocks/0"
     for name in ("inner/kernel", "outer/kernel", "attention/qkv/kernel", "attention/output/kernel", "attention/content_bias"):
@@ -241,6 +244,26 @@ def test_training_and_evaluation_lower_for_every_platform(shape, corpus):
     memory = Memory.empty(*(task.config.data[name] for name in ("eval_batch_size", "eval_mem_len")), 8)
     evaluate = lambda *arguments: task._segment(graph, (), *arguments)
     lowers_everywhere(evaluate, state, memory, segment["tokens"], segment["targets"])
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_eight_devices_to_two_to_one(corpus, tmp_path, monkeypatch):
+    task = small_task(corpus, **RECIPES["deq-seq"], **{"ema": 0.5})
+
+    def train(workdir, sizes, steps):
+        count = int(np.prod(list(sizes.values())))
+        for module in (loop, deq_lm):
+            monkeypatch.setattr(module, "make_mesh", lambda _: make_mesh(sizes, jax.devices()[:count]))
+        task.config.steps = steps
+        return loop.train(task, task.config, workdir)
+
+    expected = train(tmp_path / "unbroken", {"data": 8}, 6)
+    for sizes, steps in (({"data": 2, "fsdp": 2, "model": 2}, 2), ({"fsdp": 2}, 4), ({"data": 1}, 6)):
+        moved = train(tmp_path / "moved", sizes, steps)
+    for name in ("train/loss", "valid/loss"):
+        ours, theirs = ([e[name] for e in lines(tmp_path / run) if name in e] for run in ("moved", "unbroken"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert int(moved.step) == int(expected.step) == 6
 
 
 @pytest.mark.slow
