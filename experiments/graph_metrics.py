@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deqjax.core.stats import Status
+
 
 def most_probable(logits, k):
     """The k highest of each row as zeros and ones, k `[N]` a number per row (Amazon's rule: as many as are true).
@@ -38,3 +40,28 @@ def f1_scores(counts) -> dict[str, float]:
         return np.where(below > 0, 2 * tp / np.where(below > 0, below, 1), 0)
 
     return {"f1": float(score(*counts.sum(axis=1))), "f1_macro": float(np.mean(score(*counts)))}
+
+
+def vitals(all_stats, real) -> dict:
+    """How the solves of all layers went, as metrics over the graphs that are no padding.
+
+    Args:
+      all_stats: a `SolverStats` per layer.
+      real: `[G]` booleans.
+    """
+    if not all_stats:
+        return {}
+    counted = jnp.ones_like(all_stats[0].steps) if all_stats[0].steps.shape != real.shape else real
+    weights = counted.astype(all_stats[0].abs_lowest.dtype)
+    columns = {
+        "abs": lambda s: s.abs_lowest,
+        "rel": lambda s: s.rel_lowest,
+        "steps": lambda s: s.steps,
+        "converged": lambda s: s.converged,
+        "non_finite": lambda s: s.status == Status.NON_FINITE,
+    }
+
+    def total(column):
+        return sum(jnp.sum(jnp.where(weights > 0, column(stats), 0).astype(weights.dtype)) for stats in all_stats)
+
+    return {f"forward/{name}": (total(column), len(all_stats) * jnp.sum(weights)) for name, column in columns.items()}

@@ -104,7 +104,8 @@ class Rows(NamedTuple):
     def sorted(cls, rows, columns, values, n_rows):
         order = jnp.argsort(rows)
         starts = jnp.searchsorted(rows[order], jnp.arange(n_rows + 1, dtype=rows.dtype)).astype(jnp.int32)
-        return cls(values[order], columns[order], starts)
+        # The native kernel wants columns and starts of one integer type.
+        return cls(values[order], columns[order].astype(jnp.int32), starts)
 
     def times(self, z: Inexact[Array, "M D"]) -> Inexact[Array, "M D"]:
         matrix = sparse.BCSR((self.values.astype(z.dtype), self.columns, self.starts), shape=(z.shape[0], z.shape[0]))
