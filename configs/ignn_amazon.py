@@ -25,6 +25,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.data_seed = 2333
 
     config.model.network = "amazon"
+    config.model.init_weight = "uniform"
     config.model.n_hidden = 128
     config.model.kappa = 0.95
     config.model.spectral_radius = 1.00001

@@ -37,8 +37,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deq.tau = 1.0
 
     config.optimizer.learning_rate = 0.003
-    config.steps = 1500
-    config.log_every = 100
-    config.eval_every = 100
-    config.checkpoint_every = 500
+    config.steps = 400
+    config.halve_at = 0
+    config.log_every = 50
+    config.eval_every = 50
+    config.checkpoint_every = 200
     return config

@@ -44,6 +44,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.dropout = 0.5
     config.model.omega_2 = config_dict.placeholder(bool)
     config.model.samples = "graphs"
+    config.model.init_weight = "uniform"
     config.model.init_power_iters = 20
     config.model.aggregation = "auto"
     config.explicit_layers = 0  # T: a graph convolutional network of T layers instead
@@ -86,6 +87,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     # 200 epochs of 8 or 9 folds.
     config.steps = epochs(188, 200)
     config.log_every = 20
+    config.halve_at = epochs(188, 50)  # the step from which on the rate is half; 0: never
     config.eval_every = epochs(188, 1)
     config.checkpoint_every = 100
     config.keep = 1

@@ -35,6 +35,7 @@ def get_config(variant: str = "zoo") -> ml_collections.ConfigDict:
     config.data.batch_size = 1
 
     config.model.network = "ppi"
+    config.model.init_weight = "uniform"
     config.model.n_hidden = 256
     config.model.kappa = 0.98
     config.model.spectral_radius = None

@@ -7,6 +7,20 @@ import numpy as np
 from deqjax.core.stats import Status
 
 
+def accuracy(logits, labels):
+    """1 where the label has the highest logit, 0 where it has not, and of a tie of k what a guess among them would earn, 1 / k.
+
+    States that are all zero, as of nodes that nothing has reached, give such ties; the first class is no better there.
+
+    Args:
+      logits: `[..., C]`.
+      labels: `[...]`.
+    """
+    highest = logits == jnp.max(logits, axis=-1, keepdims=True)
+    theirs = jnp.take_along_axis(highest, labels[..., None], axis=-1)[..., 0]
+    return theirs / jnp.sum(highest, axis=-1)
+
+
 def most_probable(logits, k):
     """The k highest of each row as zeros and ones, k `[N]` a number per row (Amazon's rule: as many as are true).
 

@@ -15,8 +15,8 @@ import numpy as np
 from deqjax.training.errors import UserError
 from deqjax.training.main import parse, run
 from experiments.ignn_nodes import NodeTask
-
-LONG = 80  # nodes from which on a chain needs `sweep.long_steps`
+from experiments.ignn_nodes import main as train
+from experiments.many_runs import finish
 
 
 def main(argv=None):
@@ -26,22 +26,15 @@ def main(argv=None):
         sweep = options.config.sweep
     except (UserError, AttributeError):
         return run(NodeTask, argv)  # which says what is wrong
-    kept = [arg for arg in argv if not arg.startswith(("--mode", "--workdir"))]
     workdir, accuracy = Path(options.workdir), {}
     for length in sweep.lengths:
         for layers in (0, *sweep.explicit_layers):
             for seed in sweep.seeds:
                 folder = workdir / f"length-{length}-layers-{layers}-seed-{seed}"
                 settings = {"data.length": length, "explicit_layers": layers, "seed": seed}
-                if length >= LONG:
-                    settings["steps"] = max(sweep.long_steps, options.config.steps)
-                flags = [f"--config.{name}={value}" for name, value in settings.items()]
-                result = test_accuracy(folder)
+                status, result = finish(train, argv, folder, settings, "test/accuracy", options.config.steps)
                 if result is None:
-                    status = run(NodeTask, [*kept, *flags, f"--workdir={folder}"])
-                    result = test_accuracy(folder) if status == 0 else None
-                if result is None:
-                    return status  # a mistake, or stopped on request: the same command goes on from there
+                    return status  # the same command goes on from there
                 accuracy.setdefault(layers, {}).setdefault(length, []).append(result)
                 print(f"length {length}, {label(layers)}, seed {seed}: test accuracy {result:.3f}", flush=True)
     (workdir / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n")
@@ -49,13 +42,6 @@ def main(argv=None):
     draw(accuracy, options.config.data.classes, workdir / "accuracy.png")
     print(f"Drew {workdir / 'accuracy.png'}.")
     return 0
-
-
-def test_accuracy(folder: Path) -> float | None:
-    """Of a finished run, the test accuracy of the weights that did best in validation."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return next((line["test/accuracy"] for line in reversed(lines) if "test/accuracy" in line), None)
 
 
 def label(layers: int) -> str:

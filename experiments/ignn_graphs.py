@@ -8,7 +8,6 @@ Modes: train (and resume) one fold, `config.data.fold`; eval; folds (trains all 
 layers instead.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -22,10 +21,14 @@ from deqjax.data.letters import letters
 from deqjax.data.tu import SETS, folds, tu
 from deqjax.models.ignn import GCN, IGNN, IGNNConfig, choose_bucket, fit_buckets, stack
 from deqjax.nn.config import DEQConfig
+from deqjax.training.checkpoint import committed_steps
+from deqjax.training.errors import UserError
+from deqjax.training.main import parse, run
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole
 from deqjax.training.metrics import Sums
-from experiments.graph_metrics import vitals
+from experiments.graph_metrics import accuracy, vitals
 from experiments.ignn_nodes import as_single, graphs_of
+from experiments.many_runs import finish
 
 DATA = ("letters", *SETS)
 
@@ -114,9 +117,8 @@ class GraphTask:
 
     def _metrics(self, graph, state, batch):
         out = nnx.merge(graph, state)(graphs_of(batch))
-        right = (jnp.argmax(out.logits, axis=-1) == batch["labels"]) & batch["counted"]
-        accuracy = (jnp.sum(right), jnp.sum(batch["counted"]))
-        losses = {"loss": _cross_entropy(out.logits, batch), "accuracy": accuracy}
+        right = jnp.sum(accuracy(out.logits, batch["labels"]) * batch["counted"])
+        losses = {"loss": _cross_entropy(out.logits, batch), "accuracy": (right, jnp.sum(batch["counted"]))}
         return {**losses, **vitals(out.stats, batch["n_node"][:, 0] > 0)}
 
 
@@ -172,34 +174,39 @@ def _check_settings(config) -> None:
 
 
 def main(argv=None):
-    from deqjax.training.errors import UserError
-    from deqjax.training.main import parse, run
-
     argv = list(sys.argv if argv is None else argv)
     try:
         options = parse(argv, GraphTask.modes)
     except UserError:
         return run(GraphTask, argv)  # which says what is wrong
-    if options.mode != "folds":
-        return run(GraphTask, argv)
-    return cross_validate(argv, options)
+    if options.mode == "folds":
+        return cross_validate(argv, options)
+    halve_at, steps = options.config.halve_at, options.config.steps
+    if options.mode == "train" and 0 < halve_at < steps:
+        return train_in_two(argv, options, halve_at)
+    return run(GraphTask, argv)
+
+
+def train_in_two(argv, options, halve_at: int) -> int:
+    """The recipe's schedule: up to step `halve_at`, and from there at half the rate."""
+    if (committed_steps(options.workdir) or [0])[-1] < halve_at:
+        status = run(GraphTask, [*argv, f"--config.steps={halve_at}", f"--workdir={options.workdir}"])
+        if status or (committed_steps(options.workdir) or [0])[-1] < halve_at:
+            return status  # a mistake, or stopped on request
+    rate = options.config.optimizer.learning_rate / 2
+    return run(GraphTask, [*argv, f"--config.optimizer.learning_rate={rate}", f"--workdir={options.workdir}"])
 
 
 def cross_validate(argv, options) -> int:
     """Trains every fold, going on with those begun, and prints the mean test accuracy of the weights chosen."""
-    from deqjax.training.main import run
-
-    kept = [arg for arg in argv if not arg.startswith(("--mode", "--workdir"))]
     scores = []
     for fold in range(options.config.data.folds):
-        workdir = Path(options.workdir) / f"fold-{fold}"
-        status = run(GraphTask, [*kept, f"--config.data.fold={fold}", f"--workdir={workdir}"])
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] if status == 0 else []
-        finished = [line["test/accuracy"] for line in lines if "test/accuracy" in line]
-        if not finished:
-            return status  # a mistake, or stopped on request: the same command goes on from there
-        scores.append(finished[-1])
-        print(f"fold {fold}: test accuracy {scores[-1]:.4f}", flush=True)
+        folder = Path(options.workdir) / f"fold-{fold}"
+        status, score = finish(main, argv, folder, {"data.fold": fold}, "test/accuracy", options.config.steps)
+        if score is None:
+            return status  # the same command goes on from there
+        scores.append(score)
+        print(f"fold {fold}: test accuracy {score:.4f}", flush=True)
     print(f"{len(scores)} folds: test accuracy {np.mean(scores):.4f} +- {np.std(scores):.4f}", flush=True)
     return 0
 

@@ -28,7 +28,7 @@ from deqjax.nn.clipping import clip_gradient
 from deqjax.nn.config import DEQConfig
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole
 from deqjax.training.metrics import Sums
-from experiments.graph_metrics import f1_scores, label_counts, most_probable, vitals
+from experiments.graph_metrics import accuracy, f1_scores, label_counts, most_probable, vitals
 
 SPLITS = ("train", "valid", "test")
 DATA = ("chains", "ppi", "ppi_synthetic", "amazon")
@@ -190,8 +190,7 @@ class NodeTask:
             predicted = most_probable(logits, jnp.sum(labels > 0, axis=-1)) if as_many else logits > 0
             counts = label_counts(predicted, labels, counted)
         else:
-            right = (jnp.argmax(out.logits, axis=-1) == labels).reshape(-1) & (counted > 0)
-            metrics["accuracy"] = (jnp.sum(right), jnp.sum(counted))
+            metrics["accuracy"] = (jnp.sum(accuracy(out.logits, labels).reshape(-1) * counted), jnp.sum(counted))
         return {**metrics, **vitals(out.stats, batch["n_node"][:, 0] > 0)}, counts
 
 

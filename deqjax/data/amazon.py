@@ -48,6 +48,8 @@ def amazon(directory: str | os.PathLike, portion: float = 0.06) -> Amazon:
         senders, receivers = _edges(directory / "adj_list.txt", n_nodes)
         labels = np.loadtxt(directory / "label.txt", dtype=np.int8, ndmin=2)
         train, test = (np.loadtxt(directory / name, dtype=np.int64, ndmin=1) for name in names[3:])
+    except DataError:
+        raise
     except ValueError as error:
         raise DataError(f"{directory} cannot be read as Amazon: {error}") from error
     if labels.shape != (n_nodes, n_classes):

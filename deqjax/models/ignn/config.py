@@ -28,6 +28,9 @@ class IGNNConfig:
         "graphs". The original repository has it nowhere.
       samples: what has a residual and stops by itself: "graphs", or "features" (all nodes of the batch together), the rule
         of TorchDEQ's code. That one is wrong, because features are coupled by W: it is there to repeat the original's runs.
+      init_weight: "uniform" as in the originals, or "identity": kappa times the identity, with which every feature is handed
+        on at any distance from the start (after Le et al. 2015, for recurrent networks). Long chains need it to be learned
+        from every seed.
       init_power_iters: power iterations of spectral normalisation before training. The original has none, and a first
         estimate that may be tiny or negative.
       aggregation: see `deqjax.models.ignn.aggregation`.
@@ -42,6 +45,7 @@ class IGNNConfig:
     dropout: float = 0.5
     omega_2: bool | None = None
     samples: str = "graphs"
+    init_weight: str = "uniform"
     init_power_iters: int = 20
     aggregation: str = "auto"
 
@@ -49,6 +53,7 @@ class IGNNConfig:
         for name, allowed in (
             ("network", NETWORKS),
             ("samples", ("graphs", "features")),
+            ("init_weight", ("uniform", "identity")),
             ("aggregation", METHODS),
         ):
             if getattr(self, name) not in allowed:

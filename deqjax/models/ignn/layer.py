@@ -45,12 +45,14 @@ class ImplicitGraphLayer(nnx.Module):
 
     def __init__(self, p: int, m: int, config: IGNNConfig, deq: DEQConfig, rngs: nnx.Rngs):
         # As in the originals, m scales the initial weights of all three.
-        init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) / m**0.5  # noqa: E731
-        new = lambda n_in: NormalizedLinear(n_in, m, config=deq, use_bias=False, init=init, rngs=rngs)  # noqa: E731
+        uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) / m**0.5  # noqa: E731
+        identity = lambda key, shape, dtype: config.kappa * jnp.eye(m, dtype=dtype)  # noqa: E731
+        init = {"uniform": uniform, "identity": identity}[config.init_weight]
+        new = lambda n_in, init=uniform: NormalizedLinear(n_in, m, config=deq, use_bias=False, init=init, rngs=rngs)  # noqa: E731
         self.config, self.deq = config, DEQ(deq)
-        self.weight, self.omega_1 = new(m), new(p)
+        self.weight, self.omega_1 = new(m, init), new(p)
         self.omega_2 = new(p) if config.has_omega_2 else None
-        self.offset = ProjectionOffset(jnp.zeros((m, m))) if deq.norm_type == "none" else None
+        self.offset = ProjectionOffset(jnp.zeros_like(self.weight.kernel[...])) if deq.norm_type == "none" else None
         if deq.norm_type == "spectral_norm":
             for linear in (self.weight, self.omega_1, self.omega_2):
                 if linear is not None:
