@@ -89,13 +89,13 @@ def test_a_class_is_remembered_over_a_hundred_nodes(tmp_path):
 
 
 def test_the_picture_of_accuracy_against_length_is_drawn_and_finished_runs_are_left_alone(tmp_path, capsys):
-    settings = {**CHAINS, "steps": 2, "sweep.lengths": (2, 3), "sweep.seeds": (0, 1), "sweep.explicit_layers": (1,)}
+    settings = {**CHAINS, "steps": 2, "sweep.lengths": (2, 3), "sweep.seeds": (0,), "sweep.explicit_layers": (1,)}
     argv = command("ignn_chains.py", tmp_path, settings)
     assert ignn_chain_lengths.main(argv) == 0
     found = json.loads((tmp_path / "accuracy.json").read_text())
     assert {layers: {length: len(v) for length, v in by.items()} for layers, by in found.items()} == {
-        "0": {"2": 2, "3": 2},
-        "1": {"2": 2, "3": 2},
+        "0": {"2": 1, "3": 1},
+        "1": {"2": 1, "3": 1},
     }
     assert (tmp_path / "accuracy.png").stat().st_size > 5000
     capsys.readouterr()
@@ -116,14 +116,15 @@ def test_the_ppi_recipes_train(variant):
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (value, metrics), grads = gradient(params, task.batch(0))
-    assert np.isfinite(value) and metrics["forward/steps"][1] == 5 * 8  # five layers, a batch filled up to eight devices...
+    # Five solves of the one graph; those that fill up the devices are not counted.
+    assert np.isfinite(value) and metrics["forward/steps"][1] == 5
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
     result = task.evaluate(model, "valid")
     assert 0 <= result["f1"] <= 1 and {"loss", "f1_macro", "forward/rel", "forward/converged"} <= result.keys()
 
 
 def test_an_epoch_compiles_no_more_often_than_there_are_buckets():
-    task = small_ppi(data__buckets=2, mesh__data=8)
+    task = small_ppi(data__buckets=2, explicit_layers=1)
     mesh = make_mesh(task.config.mesh)
     batches = [place_batch(mesh, task.batch(k)) for k in range(6)]
     program = prepare(task, task.config, mesh, batches[0])
@@ -167,10 +168,12 @@ def test_a_tie_earns_what_a_guess_would():
 
 
 def test_folds_are_trained_in_turn_and_resumed(tmp_path, capsys):
-    argv = command("ignn_demo_graphs.py", tmp_path, {**GRAPHS, "halve_at": 2}, "--mode=folds")
+    argv = command(
+        "ignn_demo_graphs.py", tmp_path, {**GRAPHS, "data.folds": 3, "halve_at": 2, "explicit_layers": 1}, "--mode=folds"
+    )
     assert ignn_graphs.main(argv) == 0
     out = capsys.readouterr().out
-    assert "4 folds: test accuracy" in out and out.count("Starting from scratch") == 4
+    assert "3 folds: test accuracy" in out and out.count("Starting from scratch") == 3
     rates = {e["step"]: e["train/lr"] for e in lines(tmp_path / "fold-0") if "train/lr" in e}
     assert rates[4] == pytest.approx(rates[2] / 2)
     assert ignn_graphs.main(argv) == 0
@@ -244,7 +247,7 @@ def test_options_are_taken_out_of_a_command_line_in_both_their_forms():
 
 def test_a_run_stopped_before_the_rate_is_halved_goes_on_at_the_full_rate(tmp_path, monkeypatch):
     """As after SIGTERM: the first part ends early, with status 0."""
-    settings = {**GRAPHS, "halve_at": 3, "checkpoint_every": 1}
+    settings = {**GRAPHS, "halve_at": 3, "checkpoint_every": 1, "explicit_layers": 1}
     assert ignn_graphs.main(command("ignn_demo_graphs.py", tmp_path, {**settings, "steps": 2, "halve_at": 0})) == 0
     real, calls = ignn_graphs.run, []
 
@@ -258,3 +261,9 @@ def test_a_run_stopped_before_the_rate_is_halved_goes_on_at_the_full_rate(tmp_pa
     monkeypatch.setattr(ignn_graphs, "run", real)
     assert ignn_graphs.main(command("ignn_demo_graphs.py", tmp_path, settings)) == 0
     assert committed_steps(tmp_path)[-1] == 4
+
+
+def test_the_demo_trains_its_implicit_network(tmp_path):
+    assert ignn_graphs.main(command("ignn_demo_graphs.py", tmp_path, {**GRAPHS, "steps": 2, "checkpoint_every": 0})) == 0
+    trained = next(e for e in lines(tmp_path) if "train/loss" in e)
+    assert np.isfinite(trained["train/loss"]) and trained["train/forward/converged"] == 1
