@@ -217,7 +217,7 @@ def read(config) -> dict[str, list[Example]]:
 
 def _chains(config):
     data = config.data
-    whole = chains(data.length, data.classes, data.chains or None, data.features, data.noise, data.split, data.data_seed)
+    whole = chains(data.length, data.classes, data.chains or None, data.features, data.noise, data.split, seed=data.data_seed)
     parts = components(whole.graph)
     _check_radii([part for _, part in parts], config)
     return {split: _masked(parts, whole.graph.n_nodes, getattr(whole, split)) for split in SPLITS}

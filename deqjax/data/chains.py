@@ -30,6 +30,7 @@ def chains(
     n_features: int = 100,
     noise: float = 0.0,
     protocol: str = "fixed",
+    sizes: tuple[int, int, int] = (20, 100, 200),
     seed: int = 42,
 ) -> Chains:
     """Generates the task.
@@ -44,8 +45,8 @@ def chains(
       n_chains: per class; None takes 20, and more for short chains, so that there are 320 nodes.
       n_features: at least n_classes.
       noise: of the features.
-      protocol: "fixed" draws 20 nodes to train, 100 to validate, 200 to test, as the paper; "percent" splits all nodes 5, 10
-        and 85%, as later papers do.
+      protocol: "fixed" draws `sizes` nodes; "percent" splits all nodes 5, 10 and 85%, as later papers do.
+      sizes: nodes to train, to validate and to test on, as in the paper.
       seed: of NumPy's legacy generator; the original's is 42.
 
     Raises:
@@ -67,7 +68,8 @@ def chains(
         nodes[k, :, 0, k] += 1
     index = np.arange(N)
     random.shuffle(index)
-    sizes = (20, 100, 200) if protocol == "fixed" else (N // 20, N // 10, N - N // 20 - N // 10)
+    if protocol == "percent":
+        sizes = (N // 20, N // 10, N - N // 20 - N // 10)
     if sum(sizes) > N or min(sizes) < 1:
         raise DataError(
             f"{N} nodes are too few for splits of {sizes}: raise data.length or data.chains (chains per class), "

@@ -108,7 +108,7 @@ def check_network(case: Case, network: str, radius, loss, output):
     norm = {"norm_type": c["norm_type"], **c["norm_options"]}
     graphs, n_node = graphs_of(case, radius)
     names = [f"ignn.{i}" for i in range(5)] if network == "ppi" else [f"ig{i}" for i in (1, 2, 3)]
-    shared = 1.0 if network == "graphs" else None
+    shared = 1.0 if network == "graphs" else radius
     net = build(case, network, {**TIGHT, **norm}, **sizes, aggregation="csr", spectral_radius=shared)
     A, mask, x = net.encode(graphs)
     edges = [jnp.asarray(e) for e in (graphs.senders, graphs.receivers, graphs.edges)]
@@ -233,22 +233,26 @@ def check_trajectory_chains(case: Case, sub=None):
     loss = lambda logits, batch: class_loss(flat(logits, sizes).T[index], labels[index])
     optimizer = optax.chain(clip_each(0.5), optax.add_decayed_weights(5e-4), optax.scale_by_adam(), optax.scale(-0.01))
     m, p = case["param/X_0"].shape[0], case["in/features"].shape[0]
-    model = {"n_features": p, "n_hidden": m, "n_classes": 2, "kappa": case.meta["kappa"]}
+    model = {"n_features": p, "n_hidden": m, "n_classes": len(case["param/V.weight"]), "kappa": case.meta["kappa"]}
     check_trajectory(case, "chains", [{"graphs": graphs}], loss, optimizer, **model)
 
 
 def check_trajectory_ppi(case: Case, sub=None):
-    parts = [graphs_of(case, float(case[f"in/g{k}/adj_rho"]), f"in/g{k}", Bucket(18, 60)) for k in range(3)]
-    labels = [pad_rows([case[f"in/g{k}/labels"]], 18) for k in range(3)]
+    names = sorted({name.split("/")[1] for name in case.arrays if name.startswith("in/g")})
+    n_node = max(len(case[f"in/{g}/labels"]) for g in names) + 3
+    bucket = Bucket(n_node, max(len(case[f"in/{g}/adj_row"]) for g in names) + 5)
+    parts = [graphs_of(case, float(case[f"in/{g}/adj_rho"]), f"in/{g}", bucket) for g in names]
+    labels = [pad_rows([case[f"in/{g}/labels"]], n_node) for g in names]
     batches = [{"graphs": graphs, "labels": y} for (graphs, _), y in zip(parts, labels, strict=True)]
 
     def loss(logits, batch):
-        mask = node_mask(batch["graphs"], 18)[..., None]
+        mask = node_mask(batch["graphs"], n_node)[..., None]
         losses = optax.sigmoid_binary_cross_entropy(logits, batch["labels"])
         return jnp.sum(losses * mask) / (jnp.sum(mask) * logits.shape[-1])
 
     c, p = case.group("param"), case["in/g0/features"].shape[0]
-    model = {"n_features": p, "n_hidden": c["proj.0.weight"].shape[0] // 4, "n_classes": 5, "kappa": case.meta["kappa"]}
+    model = {"n_features": p, "n_hidden": c["proj.0.weight"].shape[0] // 4, "n_classes": labels[0].shape[-1]}
+    model["kappa"] = case.meta["kappa"]
     check_trajectory(case, "ppi", batches, loss, optax.adam(0.005), **model)
 
 
@@ -266,7 +270,7 @@ def layer_of(network: str, p: int, m: int, params: dict, deq: dict, **settings) 
 
 
 def check_original_layer(case: Case, sub=None):
-    for kind in ("undirected", "directed"):
+    for kind in sorted({name.split("/")[1] for name in case.arrays if name.startswith("in/")}):
         part = lambda name, kind=kind: case[f"in/{kind}/{name}"]
         params = case.group(f"in/{kind}/param")
         m, p = params["Omega_1"].shape

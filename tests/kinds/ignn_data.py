@@ -21,8 +21,9 @@ def graph_of(matrix) -> Graph:
 
 def check_chains(case: Case, sub=None):
     for number, spec in enumerate(case.meta["specs"]):
-        names = {"l": "length", "c": "n_classes", "n": "n_chains", "f": "n_features", "seed": "seed"}
-        data = chains(**{"n_chains": 20, **{names[key]: value for key, value in spec.items()}})
+        names = {"l": "length", "c": "n_classes", "n": "n_chains", "f": "n_features", "noise": "noise", "seed": "seed"}
+        settings = {"n_chains": 20, **{names[key]: value for key, value in spec.items() if key in names}}
+        data = chains(**settings, sizes=tuple(spec.get(key, size) for key, size in (("tn", 20), ("vl", 100), ("tt", 200))))
         want = case.group(f"out/{number}")
         matrix = np.zeros((data.graph.n_nodes,) * 2)
         matrix[want["adj_row"], want["adj_col"]] = want["adj_val"]
@@ -89,7 +90,8 @@ def check_tu_format(case: Case, sub=None):
     with tempfile.TemporaryDirectory() as folder:
         for name, data in case.group("in").items():
             pathlib.Path(folder, name).write_bytes(data.tobytes())
-        found = read_tu("TOY", folder)
+        (name,) = [name.removesuffix("_A.txt") for name in case.group("in") if name.endswith("_A.txt")]
+        found = read_tu(name, folder)
     assert (found.n_features, found.n_classes) == (int(case["out/num_features"]), int(case["out/num_classes"]))
     assert len(found.graphs) == int(case["out/num_graphs"])
     np.testing.assert_array_equal(found.labels, case["out/y"])

@@ -265,7 +265,7 @@ def test_clipping_survives_huge_gradients():
 def test_an_implicit_layer_sees_any_distance_and_an_explicit_one_its_layers():
     n = 12
     chain = single(np.eye(n, 3), np.arange(n - 1), np.arange(1, n), np.ones(n - 1), n, 1.0)
-    other = chain._replace(nodes=np.concatenate([2 * chain.nodes[:1], chain.nodes[1:]]))
+    other = chain._replace(nodes=np.concatenate([[[2.0, 5.0, 0.0]], chain.nodes[1:]]))
     batches = [stack([g], Bucket(n + 1, n)) for g in (chain, other)]
     split, state = nnx.split(network("amazon"))
     positive = nnx.merge(split, jax.tree.map(jnp.abs, state))
