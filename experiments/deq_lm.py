@@ -109,7 +109,8 @@ class LanguageModelTask:
         injection = lm.encode(tokens, memory, masks, train=True)
 
         def run(unroll=None):
-            out = lm.solve(injection, memory, train=True, z_init=self._start(memory, tokens), unroll=unroll)
+            start, options = self._start(memory, tokens), self.deq.training_options(step)
+            out = lm.solve(injection, memory, train=True, z_init=start, unroll=unroll, solver_options=options)
             nll = jnp.mean(lm.nll(out.states, targets, masks))
             jacobian = self._jacobian_term(lm, out, key_probe, key_choice, step) if unroll is None else 0.0
             size = jnp.asarray(tokens.size, nll.dtype)

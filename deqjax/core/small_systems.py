@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from deqjax.core.annotations import Array, Inexact
 
-# Up to this size the factorisation is written out: fused operations on [B] numbers, where a batched library call would cost
-# more than the solve's own step.
+# Up to this size the elimination is written out: operations on [B] numbers, where a batched library call would cost more
+# than the solve's own step.
 _WRITTEN_OUT = 8
 
 
@@ -30,18 +30,23 @@ def _cholesky_solve(matrix, rhs):
         return jax.scipy.linalg.cho_solve((lower, True), jnp.moveaxis(rhs, -1, 0)[..., None])[..., 0].T
     # Rounding must not turn a pivot negative.
     tiny = jnp.finfo(matrix.dtype).tiny
-    factor: list[list] = [[None] * M for _ in range(M)]
+    # The right-hand side is eliminated like a last row of the matrix. What a column leaves is computed there and then; the
+    # compiler would rather compute it again in each of its many uses.
+    rows = [*_computed(matrix), _computed(rhs)]
+    factor: list[list] = [[None] * M for _ in rows]
     inverse_pivots = []
     for j in range(M):
-        pivot = matrix[j, j] - sum(factor[j][k] ** 2 for k in range(j))
-        inverse_pivots.append(jax.lax.rsqrt(jnp.maximum(pivot, tiny)))
-        for i in range(j + 1, M):
-            below = matrix[i, j] - sum(factor[i][k] * factor[j][k] for k in range(j))
-            factor[i][j] = below * inverse_pivots[j]
-    half: list = []
-    for i in range(M):
-        half.append((rhs[i] - sum(factor[i][k] * half[k] for k in range(i))) * inverse_pivots[i])
+        pivot = rows[j][j] - sum(factor[j][k] ** 2 for k in range(j))
+        inverse = jax.lax.rsqrt(jnp.maximum(pivot, tiny))
+        below = [(rows[i][j] - sum(factor[i][k] * factor[j][k] for k in range(j))) * inverse for i in range(j + 1, M + 1)]
+        inverse, below = _computed((inverse, below))
+        inverse_pivots.append(inverse)
+        for i, entry in enumerate(below, start=j + 1):
+            factor[i][j] = entry
     x: list = [None] * M
     for i in reversed(range(M)):
-        x[i] = (half[i] - sum(factor[k][i] * x[k] for k in range(i + 1, M))) * inverse_pivots[i]
+        x[i] = _computed((factor[M][i] - sum(factor[k][i] * x[k] for k in range(i + 1, M))) * inverse_pivots[i])
     return jnp.stack(x)
+
+
+_computed = jax.lax.optimization_barrier

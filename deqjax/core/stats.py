@@ -6,6 +6,8 @@ import enum
 import jax
 import jax.numpy as jnp
 
+from deqjax.core.annotations import PyTree
+
 
 class Status(enum.IntEnum):
     """How one sample's solve ended. `explanation` says what to do about it."""
@@ -47,13 +49,13 @@ class SolverStats:
       status: `[B]` integers, see `Status`.
     """
 
-    abs_lowest: jax.Array
-    rel_lowest: jax.Array
-    best_step: jax.Array
-    steps: jax.Array
-    abs_trace: jax.Array
-    rel_trace: jax.Array
-    status: jax.Array
+    abs_lowest: PyTree
+    rel_lowest: PyTree
+    best_step: PyTree
+    steps: PyTree
+    abs_trace: PyTree
+    rel_trace: PyTree
+    status: PyTree
 
     @property
     def converged(self) -> jax.Array:

@@ -6,7 +6,7 @@ import numpy as np
 
 from deqjax.interop.state_dict import COLUMN, LINEAR, POINTWISE, POINTWISE_COLUMN, SAME, Entry, export_entries, load_entries
 from deqjax.models.transformer import DEQTransformer
-from deqjax.nn.normalization import NormalizedLinear
+from deqjax.nn.layers import NormalizedLinear
 
 _FREQUENCIES = "pos_emb.inv_freq"  # a constant buffer
 

@@ -4,13 +4,16 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 from flax.core import FrozenDict
 
+from deqjax.core.annotations import Array
 from deqjax.core.gradients import Gradient, Phantom
 from deqjax.core.implicit import Implicit
 from deqjax.core.naming import did_you_mean
-from deqjax.core.solvers import Solver, get_solver
+from deqjax.core.solvers import Broyden, Solver, get_solver
 from deqjax.core.solvers.krylov import LINEAR_SOLVERS, LinearSolver
+from deqjax.core.solvers.shine import SHINE
 from deqjax.core.solvers.torchdeq import torchdeq_solver
 
 
@@ -22,9 +25,12 @@ class DEQConfig:
       preset: None for this library's solver defaults, "torchdeq" for the original's, evaluation by evaluation.
       core: "sliced" runs a fresh solve per supervised state; "indexing" samples them from one solve.
       f_solver, f_max_iter, f_tol, f_stop_mode: the forward solve.
+      f_tol_start, f_tol_anneal_steps: tolerance at the first training step, and after how many it has fallen,
+        geometrically, to f_tol.
+      no_stat: True takes plain steps without residuals or stopping (Picard only), as "simple_fixed_point_iter" always does.
       f_options, b_options: further options of the solvers, e.g. `{"memory": 5}`.
       b_solver, b_max_iter, b_tol, b_stop_mode: the adjoint solve; besides the forward solvers there are "gmres",
-        "bicgstab" and "normal_cg".
+        "bicgstab", "normal_cg" and, if the forward solver is Broyden's, "shine".
       eval_factor, eval_f_max_iter: budget of evaluation, as a multiple of f_max_iter or, if positive, outright.
       eval_f_tol: tolerance of evaluation; None takes f_tol.
       ift, hook_ift: implicit gradient for the last state, its Jacobian at f(z*) or at z*.
@@ -45,6 +51,9 @@ class DEQConfig:
     f_max_iter: int = 40
     f_tol: float = 1e-3
     f_stop_mode: str = "abs"
+    f_tol_start: float | None = None
+    f_tol_anneal_steps: int = 0
+    no_stat: bool | None = None
     f_options: Mapping = dataclasses.field(default_factory=dict)
     b_solver: str = "fixed_point_iter"
     b_max_iter: int = 40
@@ -105,6 +114,21 @@ class DEQConfig:
             raise ValueError('core="indexing" takes its states from the solve, but f_max_iter=0 solves nothing; use "sliced".')
         if any(not 1 <= step <= self.f_max_iter for step in self.indexing):
             raise ValueError(f"indexing={self.indexing}: steps must lie between 1 and f_max_iter={self.f_max_iter}.")
+        if (self.f_tol_start is None) != (self.f_tol_anneal_steps == 0) or self.f_tol_anneal_steps < 0:
+            raise ValueError(
+                f"f_tol_start={self.f_tol_start} and f_tol_anneal_steps={self.f_tol_anneal_steps}: an annealed tolerance needs "
+                "both, a number and 1 or more steps."
+            )
+        if self.f_tol_start is not None and min(self.f_tol_start, self.f_tol) <= 0:
+            raise ValueError(
+                f"f_tol_start={self.f_tol_start}, f_tol={self.f_tol}: a tolerance that falls geometrically is positive."
+            )
+        if self.no_stat and self.f_solver not in ("picard", "fixed_point_iter", "simple_fixed_point_iter"):
+            raise ValueError(
+                f'no_stat=True, but f_solver={self.f_solver!r} cannot do without residuals: use "fixed_point_iter".'
+            )
+        if self.b_solver == "shine" and self.f_solver != "broyden":
+            raise ValueError('b_solver="shine" reuses what the forward solve learnt: it needs f_solver="broyden".')
         # Whatever else is wrong with a solver or a gradient shows when it is made.
         self.forward_solver(self.f_max_iter, self.f_tol)
         self.backward_solver()
@@ -128,12 +152,22 @@ class DEQConfig:
             )
         return budget
 
-    def forward_solver(self, max_iter: int, tol: float, options: Mapping | None = None) -> Solver:
-        """The solver of the forward problem; `options` come before `f_options`."""
-        return self._solver(self.f_solver, max_iter, tol, self.f_stop_mode, {**self.f_options, **(options or {})})
+    def training_options(self, step: Array | int) -> dict:
+        """What changes in the course of training, as `solver_options` of one call."""
+        if self.f_tol_start is None:
+            return {}
+        progress = jnp.minimum(step / self.f_tol_anneal_steps, 1.0)
+        return {"f_tol": self.f_tol_start * (self.f_tol / self.f_tol_start) ** progress}
 
-    def backward_solver(self) -> Solver | LinearSolver:
+    def forward_solver(self, max_iter: int, tol: float | Array, options: Mapping | None = None) -> Solver:
+        """The solver of the forward problem; `options` come before `f_options`."""
+        options = {**({"monitor": False} if self.no_stat else {}), **self.f_options, **(options or {})}
+        return self._solver(self.f_solver, max_iter, tol, self.f_stop_mode, options)
+
+    def backward_solver(self) -> Solver | LinearSolver | SHINE:
         """The solver of the adjoint system."""
+        if self.b_solver == "shine":
+            return SHINE(solver=Broyden(tol=self.b_tol, stop_mode=self.b_stop_mode), **self.b_options)
         if self.b_solver in LINEAR_SOLVERS:
             # Their tolerance is relative to the cotangent, whatever b_stop_mode.
             return LINEAR_SOLVERS[self.b_solver](max_steps=self.b_max_iter, tol=self.b_tol, **self.b_options)

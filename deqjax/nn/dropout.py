@@ -18,8 +18,8 @@ class VariationalDropout:
 
     Attributes:
       rate: probability that an entry is dropped, 0 to 1.
-      shared: axes along which all entries share their fate. For `[B, L, D]`, `(1,)` drops whole channels and `(2,)`
-        whole tokens; `()` drops single entries.
+      shared: axes along which all entries share their fate; `()` drops single entries. `channels` and `tokens` name the
+        usual ones.
     """
 
     rate: float
@@ -28,6 +28,16 @@ class VariationalDropout:
     def __post_init__(self):
         if not 0 <= self.rate <= 1:
             raise ValueError(f"dropout rate {self.rate}: must lie between 0 and 1.")
+
+    @classmethod
+    def channels(cls, rate: float, n_axes: int) -> "VariationalDropout":
+        """Drops whole channels of `[B, *axes, C]`, with n_axes of tokens, pixels or voxels in between."""
+        return cls(rate, tuple(range(1, 1 + n_axes)))
+
+    @classmethod
+    def tokens(cls, rate: float, n_axes: int) -> "VariationalDropout":
+        """Drops whole tokens, pixels or voxels of `[B, *axes, C]`."""
+        return cls(rate, (1 + n_axes,))
 
     def mask(self, key: Key[Array, ""] | None, shape: Sequence[int], dtype=jnp.float32) -> Float[Array, "..."] | None:
         """A mask that broadcasts against `shape`, with entries 0 or 1 / (1 - rate); None when nothing is dropped.

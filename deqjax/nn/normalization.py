@@ -4,8 +4,6 @@ A layer keeps the unnormalised weight; `effective` weights go into the injection
 the last axis, which is therefore the default of `axis`.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -85,64 +83,44 @@ class SpectralVector(nnx.Variable):
     """Singular-vector estimates of spectral normalisation; advanced once per training forward, never by gradients."""
 
 
-class LinearWeights(NamedTuple):
-    """What a linear layer needs during a solve: kernel `[in, out]` and bias `[out]` or None."""
-
-    kernel: jax.Array
-    bias: jax.Array | None
-
-    def __call__(self, x: Float[Array, "... n_in"]) -> Float[Array, "... n_out"]:
-        y = x @ self.kernel
-        if self.bias is None:
-            return y
-        return y + self.bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-class NormalizedLinear(nnx.Module):
-    """A linear layer whose effective weights are taken once (`effective`) and then used as constants.
+class NormalizedKernel(nnx.Module):
+    """A kernel `[..., n_out]` kept unnormalised, whose effective value is taken once per forward pass.
 
     Args:
-      in_features, out_features: sizes.
+      kernel: initial value. With weight normalisation the scale g starts at its norms, so that normalising changes nothing
+        at first; with spectral normalisation it starts at the target norm.
       config: its `norm_*` settings choose the normalisation.
-      use_bias: add a bias.
-      init: of the unnormalised kernel; the scale g starts at its norms, so normalising changes nothing at first.
+      rngs: draws the first singular vectors of spectral normalisation.
     """
 
-    def __init__(self, in_features, out_features, *, config: DEQConfig, use_bias=True, init, rngs: nnx.Rngs, dtype=jnp.float32):
-        kernel = init(rngs.params(), (in_features, out_features), dtype)
+    def __init__(self, kernel: Float[Array, "... out"], *, config: DEQConfig, rngs: nnx.Rngs):
+        n_out, dtype = kernel.shape[-1], kernel.dtype
         self.config = config
         self.kernel = nnx.Param(kernel)
-        self.bias = nnx.Param(jnp.zeros((out_features,), dtype)) if use_bias else None
         scale = None
         if config.norm_type != "none" and not config.norm_no_scale:
-            initial = jnp.full((out_features,), config.norm_target_norm, dtype)
+            initial = jnp.full((n_out,), config.norm_target_norm, dtype)
             if config.norm_type == "weight_norm":
-                initial = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=0))
+                initial = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=_other_axes(kernel, -1)))
             scale = nnx.Param(initial)
         self.scale = scale
         if config.norm_type == "spectral_norm":
-            self.u = SpectralVector(_unit(jax.random.normal(rngs.params(), (out_features,), dtype)))
-            self.v = SpectralVector(_unit(jax.random.normal(rngs.params(), (in_features,), dtype)))
+            self.u = SpectralVector(_unit(jax.random.normal(rngs.params(), (n_out,), dtype)))
+            self.v = SpectralVector(_unit(jax.random.normal(rngs.params(), (kernel.size // n_out,), dtype)))
 
-    def effective(self, *, train: bool = False) -> LinearWeights:
-        """The weights to use in one forward pass. With spectral normalisation, training advances the power iteration."""
+    def normalized(self, *, train: bool) -> Float[Array, "... out"]:
+        """The kernel to use in one forward pass. With spectral normalisation, training advances the power iteration."""
         config = self.config
         kernel, scale = self.kernel[...], None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
-        clip = config.norm_clip_value if config.norm_clip else None
+        settings = {
+            "target_norm": config.norm_target_norm,
+            "clip_value": config.norm_clip_value if config.norm_clip else None,
+        }
         if config.norm_type == "weight_norm":
-            kernel = weight_norm(kernel, scale, target_norm=config.norm_target_norm, clip_value=clip)
-        elif config.norm_type == "spectral_norm":
+            return weight_norm(kernel, scale, **settings)
+        if config.norm_type == "spectral_norm":
             iterations = config.sn_n_power_iters if train else 0
-            kernel, u, v = spectral_norm(
-                kernel,
-                self.u[...],
-                self.v[...],
-                scale,
-                n_power_iters=iterations,
-                target_norm=config.norm_target_norm,
-                clip_value=clip,
-            )
+            kernel, u, v = spectral_norm(kernel, self.u[...], self.v[...], scale, n_power_iters=iterations, **settings)
             if train:
                 self.u[...], self.v[...] = u, v
-        return LinearWeights(kernel, bias)
+        return kernel

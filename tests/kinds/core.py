@@ -241,10 +241,15 @@ def check_dropout(case, sub):
     spec, expected = case.meta["subs"][sub], case.group(f"out/{sub}")
     x = jnp.asarray(case[f"in/{spec['x']}"])
     name, n, first = spec["cls"], x.ndim - 2, spec["kwargs"].get("token_first", True)
-    token_axes = tuple(range(1, 1 + n)) if first else tuple(range(2, 2 + n))
-    feature_axes = (1 + n,) if first else (1,)
-    shared = {"VariationalDropout": (), f"VariationalDropout{n}d": token_axes, f"VariationalDropToken{n}d": feature_axes}[name]
-    dropout = VariationalDropout(spec["kwargs"]["dropout"], shared)
+    rate = spec["kwargs"]["dropout"]
+    if name == "VariationalDropout":
+        dropout = VariationalDropout(rate)
+    elif first:
+        named = {f"VariationalDropout{n}d": VariationalDropout.channels, f"VariationalDropToken{n}d": VariationalDropout.tokens}
+        dropout = named[name](rate, n)
+    else:
+        shared = {f"VariationalDropout{n}d": tuple(range(2, 2 + n)), f"VariationalDropToken{n}d": (1,)}
+        dropout = VariationalDropout(rate, shared[name])
     mask = dropout.mask(jax.random.key(spec["seed"]), x.shape, x.dtype)
     assert mask.shape == expected["mask"].shape
     assert set(np.unique(np.asarray(mask)).round(12)) <= {0.0, round(1 / (1 - dropout.rate), 12)}

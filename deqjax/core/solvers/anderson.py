@@ -97,22 +97,23 @@ class Anderson(Solver):
     def _least_squares(self, gram, kept, slot):
         """Type II: alpha [M, B], zero in slots not in use, from gram [M, M, B] and kept [M, B].
 
-        The constraint is built in: alpha = (1 - sum(gamma)) in the newest slot and gamma in the others, which leaves an
+        The constraint is built in: alpha = (1 - sum(gamma)) in the newest slot and gamma in the older ones, which leaves an
         unconstrained least-squares problem in the differences to the newest residual.
         """
         M = self.memory
-        diagonal = jnp.stack([gram[i, i] for i in range(M)])
-        scale, ridge = self._scale(diagonal, kept, axis=0)
-        gram = gram / scale[None, None] + ridge * jnp.eye(M, dtype=gram.dtype)[:, :, None]
-        newest = gram[slot]
-        corner = newest[slot]
-        system = gram - newest[None] - newest[:, None] + corner[None, None]
-        others = kept & (jnp.arange(M, dtype=slot.dtype) != slot)[:, None]
-        # A slot left out has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
+        by_age = (slot + 1 + jnp.arange(M, dtype=slot.dtype)) % M
+        gram, kept = gram[by_age][:, by_age], kept[by_age]
+        scale, ridge = self._scale(jnp.stack([gram[i, i] for i in range(M)]), kept, axis=0)
         unit = jnp.eye(M, dtype=gram.dtype)[:, :, None]
-        system = jnp.where(others[None] & others[:, None], system, unit)
-        gamma = solve_positive(system, jnp.where(others, corner[None] - newest, 0))
-        return gamma.at[slot].set(1 - jnp.sum(gamma, axis=0))
+        gram = gram / scale[None, None] + ridge * unit
+        older, newest, corner = gram[:-1, :-1], gram[-1, :-1], gram[-1, -1]
+        system = older - newest[None] - newest[:, None] + corner[None, None]
+        # A slot left out has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
+        in_use = kept[:-1]
+        system = jnp.where(in_use[None] & in_use[:, None], system, unit[:-1, :-1])
+        gamma = solve_positive(system, jnp.where(in_use, corner[None] - newest, 0))
+        alpha = jnp.concatenate([gamma, 1 - jnp.sum(gamma, axis=0, keepdims=True)])
+        return alpha[(jnp.arange(M, dtype=slot.dtype) - slot - 1) % M]
 
     def _orthogonal(self, products, kept):
         """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system; alpha [B, M]."""

@@ -73,13 +73,18 @@ class LinearSolver:
           whose method broke down returns c.
         """
         leaves, structure = jax.tree.flatten(c)
+        # jax.scipy adds up inner products of leaves as they are, so all of them get one dtype there.
+        dtype = batched.accumulation_dtype(c)
 
-        def residual_map(constants, leaves):
-            u = jax.tree.unflatten(structure, leaves)
-            return jax.tree.leaves(batched.subtract(u, linear.function(constants, u)))
+        def state(columns):
+            return jax.tree.unflatten(structure, [x.astype(leaf.dtype) for x, leaf in zip(columns, leaves, strict=True)])
 
-        def transposed_map(constants, leaves):
-            return jax.linear_transpose(lambda leaves: residual_map(constants, leaves), leaves)(leaves)[0]
+        def residual_map(constants, columns):
+            u = state(columns)
+            return [x.astype(dtype) for x in jax.tree.leaves(batched.subtract(u, linear.function(constants, u)))]
+
+        def transposed_map(constants, columns):
+            return jax.linear_transpose(lambda columns: residual_map(constants, columns), columns)(columns)[0]
 
         n = len(linear.constants)
 
@@ -90,7 +95,7 @@ class LinearSolver:
         matvec, rmatvec = operator(residual_map, transposed_map), operator(transposed_map, residual_map)
         tol = jnp.full_like(batched.norm(c), self.tol) if tol is None else tol
         solve_one = lambda c, tol: self._solve_one(matvec, rmatvec, c, tol)  # noqa: E731
-        u = jax.tree.unflatten(structure, jax.vmap(solve_one)(leaves, tol))
+        u = state(jax.vmap(solve_one)([x.astype(dtype) for x in leaves], tol))
         return _checked(linear, u, c, tol, self.max_steps)
 
     def _solve_one(self, matvec, rmatvec, c: list, tol) -> list:

@@ -11,7 +11,7 @@ from deqjax.models.transformer.config import TransformerConfig
 from deqjax.models.transformer.memory import Memory
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.dropout import apply_mask
-from deqjax.nn.normalization import LinearWeights, NormalizedLinear
+from deqjax.nn.layers import LinearWeights, NormalizedLinear
 
 
 class NormWeights(NamedTuple):

@@ -12,7 +12,7 @@ from deqjax.models.transformer.config import TransformerConfig
 from deqjax.models.transformer.memory import Memory
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.dropout import VariationalDropout, apply_mask
-from deqjax.nn.normalization import LinearWeights, NormalizedLinear
+from deqjax.nn.layers import LinearWeights, NormalizedLinear
 
 
 class BlockMasks(NamedTuple):
@@ -110,7 +110,7 @@ class Cell(nnx.Module):
     ) -> tuple[BlockMasks, ...]:
         """One set of variational masks for a whole solve; all None without a key."""
         config, K = self.config, memory_rows + length
-        feature, attention = VariationalDropout(config.dropout, (1,)), VariationalDropout(config.dropatt)
+        feature, attention = VariationalDropout.channels(config.dropout, 1), VariationalDropout(config.dropatt)
         masks = []
         for l in range(config.n_layer):  # noqa: E741
             keys = [None] * 4 if key is None else jax.random.split(jax.random.fold_in(key, l), 4)

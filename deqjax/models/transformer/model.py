@@ -23,7 +23,7 @@ from deqjax.models.transformer.memory import Memory
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.deq import DEQ
 from deqjax.nn.dropout import VariationalDropout, apply_mask
-from deqjax.nn.normalization import LinearWeights
+from deqjax.nn.layers import LinearWeights
 
 
 class Masks(NamedTuple):
@@ -91,14 +91,14 @@ class DEQTransformer(nnx.Module):
         """Masks for one forward pass; all None without a key, that is in evaluation."""
         config, rate = self.config, self.config.dropout
         keys = [None] * 4 if key is None else jax.random.split(key, 4)
-        embedding = VariationalDropout(rate, (1,)).mask(keys[0], (batch, length, config.d_model))
+        embedding = VariationalDropout.channels(rate, 1).mask(keys[0], (batch, length, config.d_model))
         position_shape, shared = (memory_rows + length, config.d_model), (0,)
         if config.position_mask_axis == "positions":
             shared = (1,)
         position = VariationalDropout(rate, shared).mask(keys[1], position_shape)
         blocks = self.cell.sample_masks(keys[2], batch, length, memory_rows)
         # Drops whole output tokens: an accident of layout in the originals that the recipes were tuned with.
-        tokens = VariationalDropout(rate, (2,))
+        tokens = VariationalDropout.tokens(rate, 1)
         output = tuple(
             tokens.mask(None if key is None else jax.random.fold_in(keys[3], k), (batch, length, config.d_model))
             for k in range(self.deq.config.n_supervised)

@@ -1,0 +1,63 @@
+"""Settings in TorchDEQ's vocabulary, and what they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deqjax import DEQ, SHINE, DEQConfig, Picard
+
+
+def test_tolerances_fall_geometrically():
+    config = DEQConfig(f_tol=1e-5, f_tol_start=1e-1, f_tol_anneal_steps=100)
+    tolerances = [float(config.training_options(step)["f_tol"]) for step in (0, 50, 100, 1000)]
+    np.testing.assert_allclose(tolerances, [1e-1, 1e-3, 1e-5, 1e-5], rtol=1e-5)
+    assert DEQConfig().training_options(7) == {}
+
+
+def test_an_annealed_solve_takes_more_steps_later_and_compiles_once():
+    config = DEQConfig(f_solver="anderson", f_stop_mode="rel", f_tol=1e-6, f_tol_start=1e-1, f_tol_anneal_steps=10)
+    deq, x = DEQ(config), jnp.linspace(-1, 1, 12).reshape(3, 4)
+
+    @jax.jit
+    def steps(step):
+        f = lambda z: jnp.tanh(0.8 * z + x)
+        return deq(f, jnp.zeros_like(x), train=True, solver_options=config.training_options(step)).stats.steps.max()
+
+    assert steps(0) < steps(5) < steps(10)
+    assert steps._cache_size() == 1
+
+
+def test_shine_by_name():
+    config = DEQConfig(f_solver="broyden", f_options={"memory": None}, b_solver="shine", b_options={"refine": 30}, ift=True)
+    assert isinstance(config.backward_solver(), SHINE)
+    deq, x = DEQ(config), jnp.linspace(-1, 1, 12).reshape(3, 4)
+
+    def loss(w):
+        f = lambda z: jnp.tanh(w * z + x)
+        return jnp.sum(deq(f, jnp.zeros_like(x), train=True, solver_options={"f_tol": 1e-9}).states[-1] ** 2)
+
+    numeric = (loss(0.5 + 1e-3) - loss(0.5 - 1e-3)) / 2e-3
+    np.testing.assert_allclose(jax.grad(loss)(0.5), numeric, rtol=1e-4)
+
+
+def test_solves_without_statistics():
+    solver = DEQConfig(no_stat=True, f_max_iter=7).forward_solver(7, 1e-3)
+    assert isinstance(solver, Picard) and not solver.monitor
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"b_solver": "shine"}, "needs f_solver"),
+        ({"no_stat": True, "f_solver": "broyden"}, "no_stat"),
+        ({"f_tol_start": 0.1}, "needs both"),
+        ({"f_tol_start": 0.1, "f_tol_anneal_steps": 5, "f_tol": 0.0}, "positive"),
+        ({"f_solvr": "anderson"}, "f_solver"),
+        ({"norm_type": "weightnorm"}, "weight_norm"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_explained(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DEQConfig.from_config(settings)
