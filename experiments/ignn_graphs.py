@@ -98,7 +98,7 @@ class GraphTask:
 
     def loss(self, model: nnx.Module, batch, key, step):
         """Mean cross entropy over the graphs of the batch."""
-        out = model(graphs_of(batch), train=True, key=key)
+        out = model(graphs_of(batch), train=True, key=key, solver_options=self.deq.training_options(step))
         total, count = _cross_entropy(out.logits, batch)
         return total / count, {"loss": (total, count), **vitals(out.stats, batch["n_node"][:, 0] > 0)}
 

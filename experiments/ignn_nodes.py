@@ -137,7 +137,7 @@ class NodeTask:
         if self.config.clip_each:
             clip = lambda x: clip_gradient(x, self.config.clip_each)  # noqa: E731
             nnx.update(model, jax.tree.map(clip, nnx.state(model, nnx.Param)))
-        out = model(graphs_of(batch), train=True, key=key)
+        out = model(graphs_of(batch), train=True, key=key, solver_options=self.deq.training_options(step))
         total, count = self._cross_entropy(out.logits, batch)
         metrics = {"loss": (total, count), **vitals(out.stats, batch["n_node"][:, 0] > 0)}
         return total / count + decay, metrics

@@ -6,7 +6,7 @@ import numpy as np
 
 from deqjax.interop.state_dict import COLUMN, LINEAR, SAME, Entry, export_entries, load_entries
 from deqjax.models.ignn import IGNN
-from deqjax.nn.normalization import NormalizedLinear
+from deqjax.nn.layers import NormalizedLinear
 
 
 def entries(model: IGNN, original: bool = False) -> list[Entry]:

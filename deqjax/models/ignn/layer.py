@@ -16,7 +16,8 @@ from deqjax.models.ignn.config import IGNNConfig
 from deqjax.models.ignn.projection import project_columns
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.deq import DEQ, DEQOutput
-from deqjax.nn.normalization import NormalizedLinear, spectral_norm
+from deqjax.nn.layers import NormalizedLinear
+from deqjax.nn.normalization import spectral_norm
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

@@ -14,7 +14,7 @@ from deqjax.models.ignn.graphs import GraphsTuple, node_mask
 from deqjax.models.ignn.layer import ImplicitGraphLayer
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.dropout import VariationalDropout, apply_mask
-from deqjax.nn.normalization import LinearWeights
+from deqjax.nn.layers import LinearWeights
 
 
 class Output(NamedTuple):
