@@ -58,8 +58,12 @@ def amazon(directory: str | os.PathLike, portion: float = 0.06) -> Amazon:
         if not len(index) or index.min() < 0 or index.max() >= n_nodes:
             raise DataError(f"{directory / name}: its nodes must be some of 0 to {n_nodes - 1}.")
     graph = Graph(None, senders, receivers, np.ones(len(senders), np.float32), n_nodes, labels)
-    graph = augmented(check_graph(graph, str(directory)))
-    return Amazon(dataclasses.replace(graph, weights=graph.weights.astype(np.float32)), train, test)
+    check_graph(graph, str(directory))
+    # Normalised like this, an undirected graph has the radius 1.
+    undirected = abs(graph.adjacency() - graph.adjacency().T).sum() == 0
+    graph = augmented(graph)
+    graph = dataclasses.replace(graph, weights=graph.weights.astype(np.float32), radius=1.0 if undirected else None)
+    return Amazon(graph, train, test)
 
 
 def _edges(path, n_nodes):

@@ -175,18 +175,17 @@ def with_radius(graph: Graph) -> Graph:
     return dataclasses.replace(graph, radius=spectral_radius(graph) + RADIUS_MARGIN)
 
 
-def check_well_posed(graphs: Sequence[Graph], kappa: float, assumed: float | None = None) -> None:
+def check_well_posed(graphs: Sequence[Graph], kappa: float, radius: float) -> None:
     """Raises DataError unless every equation X = relu(W X A + B) with |W|_inf <= kappa / radius has just one solution.
 
     Args:
-      graphs: with their radii measured.
+      graphs: those whose own radius is not known have it measured.
       kappa: the bound.
-      assumed: a radius to take for all graphs in place of their own.
+      radius: what is taken for the spectral radius of all graphs.
     """
     for number, graph in enumerate(graphs):
-        radius = graph.radius if assumed is None else assumed
-        measured = spectral_radius(graph) if assumed is not None else graph.radius
-        if kappa * measured > radius * (1 - 1e-9) and measured > 0:
+        measured = spectral_radius(graph) if graph.radius is None else graph.radius
+        if kappa * measured > radius * (1 - 1e-9):
             raise DataError(
                 f"not well-posed: kappa={kappa} is not below {radius / measured:.6g}, which is {radius:.6g} over "
                 f"{measured:.6g}, the spectral radius of graph {number}'s adjacency. W X A may then grow without bound and "
