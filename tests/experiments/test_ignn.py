@@ -164,6 +164,23 @@ def test_a_tie_earns_what_a_guess_would():
     np.testing.assert_allclose(accuracy(jax.numpy.asarray(logits), jax.numpy.asarray(labels)), [1, 0.5, 0])
 
 
+def test_amazon_trains_from_its_prepared_folder(tmp_path):
+    """On a made-up graph in its form: nodes without features, sets of labels, as many predicted as there are."""
+    random, data = np.random.default_rng(0), tmp_path / "data"
+    data.mkdir()
+    links = np.triu(random.random((30, 30)) < 0.1, 1)
+    links = links | links.T
+    rows = [" ".join(map(str, [row.sum(), *np.flatnonzero(row)])) for row in links]
+    texts = {"meta": ["30 4"], "adj_list": rows, "train_idx-0.06": range(20), "test_idx": range(20, 30)}
+    texts["label"] = [" ".join(map(str, row)) for row in (random.random((30, 4)) < 0.4).astype(int)]
+    for name, text in texts.items():
+        (data / f"{name}.txt").write_text("\n".join(map(str, text)) + "\n")
+    settings = {"data.dir": data, "model.n_hidden": 4, "steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 2}
+    assert ignn_nodes.main(command("ignn_amazon.py", tmp_path / "run", settings)) == 0
+    tested = next(e for e in lines(tmp_path / "run") if "test/f1" in e)
+    assert 0 <= tested["test/f1"] <= 1 and tested["test/forward/converged"] == 1
+
+
 # Graphs --------------------------------------------------------------------------------------------------------------
 
 
