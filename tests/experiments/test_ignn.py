@@ -112,7 +112,7 @@ def test_the_ppi_recipes_train(variant):
 
     @jax.jit
     def gradient(params, batch):
-        loss = lambda p: task.loss(nnx.merge(split, p, rest, copy=True), batch, jax.random.key(0), np.int32(0))
+        loss = lambda p: task.loss(nnx.merge(split, p, rest, copy=True), batch, jax.random.key(0), 0)
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (value, metrics), grads = gradient(params, task.batch(0))
@@ -151,7 +151,7 @@ def test_eight_devices_equal_one_on_chains():
 
     @jax.jit
     def run(params, batch):
-        loss = lambda p: task.loss(nnx.merge(split, p, rest, copy=True), batch, jax.random.key(0), np.int32(0))[0]
+        loss = lambda p: task.loss(nnx.merge(split, p, rest, copy=True), batch, jax.random.key(0), 0)[0]
         return jax.value_and_grad(loss)(params)
 
     results = [run(params, place_batch(make_mesh(devices=jax.devices()[:n]), batch)) for n in (1, 8)]
