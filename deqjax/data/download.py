@@ -1,0 +1,75 @@
+"""Archives that are downloaded on first use, checked, and unpacked file by file."""
+
+import hashlib
+import http.client
+import os
+import pathlib
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+
+from deqjax.data.errors import DataError
+
+
+def fetch(
+    directory: str | os.PathLike, archive: str, url: str, files: Sequence[str], sha256: str | None, otherwise: str
+) -> pathlib.Path:
+    """The directory, with the files in it: they are there, or in an archive that is there, or the archive is downloaded.
+
+    Args:
+      directory: where they belong.
+      archive: name of the archive in the directory and on the server; a zip.
+      url: where it is downloaded from.
+      files: names of the wanted files, wherever they lie inside the archive.
+      sha256: of the archive; None if its publisher gives none, and then the reader's own checks are all there is.
+      otherwise: what to do without a network.
+
+    Raises:
+      DataError: the files are absent and cannot be downloaded, the archive is damaged, or it lacks one of the files.
+    """
+    directory = pathlib.Path(directory)
+    missing = [name for name in files if not (directory / name).is_file()]
+    if not missing:
+        return directory
+    if (directory / archive).is_file():
+        _unpack(directory / archive, directory, missing, sha256, url)
+        return directory
+    # Some servers refuse the agent that urllib names by default.
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as response:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=directory, prefix=".download-", suffix=".zip") as file:
+                shutil.copyfileobj(response, file, 1 << 20)
+                file.flush()
+                _unpack(pathlib.Path(file.name), directory, missing, sha256, url)
+    except (OSError, http.client.HTTPException) as error:  # no network, a refusal, a timeout, a full disk
+        raise DataError(
+            f"{directory} lacks {', '.join(missing)}, and {url} could not be downloaded ({error}). Put {archive} or its files "
+            f"there. {otherwise}"
+        ) from error
+    return directory
+
+
+def _unpack(path, directory, missing, sha256, url):
+    """Checks the archive and writes the missing files, each at once; files that exist are left alone."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise DataError(f"{path} is damaged or not the archive of {url}: sha256 {digest}, expected {sha256}.")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path} is damaged: it is no zip archive. Remove it to have it downloaded again from {url}.")
+    with zipfile.ZipFile(path) as contents:
+        places = {pathlib.PurePosixPath(name).name: name for name in contents.namelist()}
+        if absent := [name for name in missing if name not in places]:
+            raise DataError(f"{path} lacks {', '.join(absent)}; it holds {', '.join(sorted(filter(None, places)))}.")
+        for name in missing:
+            temporary = directory / f".{name}.{os.getpid()}"
+            try:
+                with contents.open(places[name]) as source, open(temporary, "wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+                os.replace(temporary, directory / name)
+            finally:
+                temporary.unlink(missing_ok=True)
