@@ -13,6 +13,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.name = "COX2"
     config.data.dir = "data/COX2"
     config.steps = ignn_mutag.epochs(467, 200)
-    config.halve_at = ignn_mutag.epochs(467, 50)
+    config.optimizer.decay_at = (ignn_mutag.epochs(467, 50),)
     config.eval_every = ignn_mutag.epochs(467, 1)
     return config

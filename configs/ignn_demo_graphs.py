@@ -37,8 +37,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deq.tau = 1.0
 
     config.optimizer.learning_rate = 0.003
+    config.optimizer.schedule = "constant"
     config.steps = 400
-    config.halve_at = 0
     config.log_every = 50
     config.eval_every = 50
     config.checkpoint_every = 200

@@ -6,7 +6,7 @@
 Paper: Implicit Graph Neural Networks (arXiv 2009.06211), table 3: MUTAG 89.3 +- 6.7, PTC 70.1 +- 5.6, COX2 86.9 +- 4.0,
 PROTEINS 77.7 +- 3.4, NCI1 80.5 +- 1.9. Those are means over folds of the best test accuracy of all epochs
 (`data.select=test`); by default a fold of its own chooses the weights, which is fairer and lower. The recipe is the zoo's
-train_ignn.sh: 64 features, kappa 0.9, Adam at 1e-3, halved after 50 epochs (`halve_at`), 200 epochs, batches of 128 in the
+train_ignn.sh: 64 features, kappa 0.9, Adam at 1e-3, halved after 50 epochs, 200 epochs, batches of 128 in the
 order of the file, a phantom gradient of 5 steps.
 The set is downloaded on first use (`data.dir`). Not reproduced here yet.
 """
@@ -78,6 +78,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "step"
+    config.optimizer.decay_at = (epochs(188, 50),)
+    config.optimizer.decay_factor = 0.5
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
@@ -87,7 +90,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     # 200 epochs of 8 or 9 folds.
     config.steps = epochs(188, 200)
     config.log_every = 20
-    config.halve_at = epochs(188, 50)  # the step from which on the rate is half; 0: never
     config.eval_every = epochs(188, 1)
     config.checkpoint_every = 100
     config.keep = 1

@@ -13,6 +13,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.name = "NCI1"
     config.data.dir = "data/NCI1"
     config.steps = ignn_mutag.epochs(4110, 200)
-    config.halve_at = ignn_mutag.epochs(4110, 50)
+    config.optimizer.decay_at = (ignn_mutag.epochs(4110, 50),)
     config.eval_every = ignn_mutag.epochs(4110, 1)
     return config

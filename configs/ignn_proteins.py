@@ -13,6 +13,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.name = "PROTEINS"
     config.data.dir = "data/PROTEINS"
     config.steps = ignn_mutag.epochs(1113, 200)
-    config.halve_at = ignn_mutag.epochs(1113, 50)
+    config.optimizer.decay_at = (ignn_mutag.epochs(1113, 50),)
     config.eval_every = ignn_mutag.epochs(1113, 1)
     return config

@@ -13,6 +13,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.name = "PTC_MR"
     config.data.dir = "data/PTC_MR"
     config.steps = ignn_mutag.epochs(344, 200)
-    config.halve_at = ignn_mutag.epochs(344, 50)
+    config.optimizer.decay_at = (ignn_mutag.epochs(344, 50),)
     config.eval_every = ignn_mutag.epochs(344, 1)
     return config

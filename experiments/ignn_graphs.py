@@ -21,7 +21,6 @@ from deqjax.data.letters import letters
 from deqjax.data.tu import SETS, folds, tu
 from deqjax.models.ignn import GCN, IGNN, IGNNConfig, choose_bucket, fit_buckets, stack
 from deqjax.nn.config import DEQConfig
-from deqjax.training.checkpoint import committed_steps
 from deqjax.training.errors import UserError
 from deqjax.training.main import parse, run
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
@@ -182,20 +181,7 @@ def main(argv=None):
         return run(GraphTask, argv)  # which says what is wrong
     if options.mode == "folds":
         return cross_validate(argv, options)
-    halve_at, steps = options.config.halve_at, options.config.steps
-    if options.mode == "train" and 0 < halve_at < steps:
-        return train_in_two(argv, options, halve_at)
     return run(GraphTask, argv)
-
-
-def train_in_two(argv, options, halve_at: int) -> int:
-    """The recipe's schedule: up to step `halve_at`, and from there at half the rate."""
-    if (committed_steps(options.workdir) or [0])[-1] < halve_at:
-        status = run(GraphTask, [*argv, f"--config.steps={halve_at}", f"--workdir={options.workdir}"])
-        if status or (committed_steps(options.workdir) or [0])[-1] < halve_at:
-            return status  # a mistake, or stopped on request
-    rate = options.config.optimizer.learning_rate / 2
-    return run(GraphTask, [*argv, f"--config.optimizer.learning_rate={rate}", f"--workdir={options.workdir}"])
 
 
 def cross_validate(argv, options) -> int:

@@ -11,7 +11,7 @@ from deqjax.core.naming import did_you_mean
 from deqjax.training.errors import UserError
 from deqjax.training.state import leaf_path
 
-SCHEDULES = ("constant", "cosine", "inv_sqrt")
+SCHEDULES = ("constant", "step", "cosine", "inv_sqrt")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 
 
@@ -21,6 +21,7 @@ def learning_rate(config: Mapping) -> optax.Schedule:
     A linear warm-up over `warmup_steps` updates, then, with n = `max_steps` (not shifted by the warm-up):
 
     * constant: learning_rate.
+    * step: learning_rate * decay_factor^(how many numbers of `decay_at` have been reached).
     * cosine: lr_min + (learning_rate - lr_min) / 2 * (1 + cos(pi k / n)).
     * inv_sqrt: learning_rate * k^-0.5, reached by a warm-up of learning_rate * k / warmup_steps^1.5.
 
@@ -29,7 +30,8 @@ def learning_rate(config: Mapping) -> optax.Schedule:
     whose factor holds from the start: zero).
 
     Args:
-      config: learning_rate, and optionally schedule, warmup_steps, max_steps, lr_min, first_update_full_lr.
+      config: learning_rate, and optionally schedule, warmup_steps, max_steps, lr_min, decay_at, decay_factor,
+        first_update_full_lr.
     """
     peak, low = float(config["learning_rate"]), float(config.get("lr_min", 0.0))
     warmup, total = int(config.get("warmup_steps", 0)), int(config.get("max_steps", 0))
@@ -39,6 +41,10 @@ def learning_rate(config: Mapping) -> optax.Schedule:
     if name == "cosine" and total < 1:
         raise UserError("config.optimizer.schedule='cosine' needs config.optimizer.max_steps, the length of the run.")
 
+    factor, decay_at = float(config.get("decay_factor", 0.1)), [int(step) for step in config.get("decay_at", ())]
+    if name == "step" and not decay_at:
+        raise UserError("config.optimizer.schedule='step' needs config.optimizer.decay_at, the updates where the rate falls.")
+
     def schedule(count):
         k = jnp.asarray(count, float)
         done = k if as_in_script else k + 1
@@ -47,7 +53,8 @@ def learning_rate(config: Mapping) -> optax.Schedule:
         elif name == "cosine":
             later, scale = low + (peak - low) / 2 * (1 + jnp.cos(math.pi * k / total)), 1 / max(warmup, 1)
         else:
-            later, scale = jnp.full_like(k, peak), 1 / max(warmup, 1)
+            fallen = sum((k >= step).astype(float) for step in decay_at) if name == "step" else 0
+            later, scale = jnp.full_like(k, peak) * factor**fallen, 1 / max(warmup, 1)
         rate = jnp.where(k < warmup, peak * done * scale, later)
         return jnp.where(k == 0, peak, rate) if as_in_script and name != "inv_sqrt" else rate
 

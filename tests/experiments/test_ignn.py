@@ -10,7 +10,6 @@ from flax import nnx
 
 from configs import ignn_chains, ignn_demo_graphs, ignn_ppi
 from deqjax.data.ppi import synthetic_ppi
-from deqjax.training.checkpoint import committed_steps
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.step import prepare, step_function
 from experiments import ignn_chain_lengths, ignn_graphs, ignn_nodes
@@ -185,9 +184,9 @@ def test_amazon_trains_from_its_prepared_folder(tmp_path):
 
 
 def test_folds_are_trained_in_turn_and_resumed(tmp_path, capsys):
-    argv = command(
-        "ignn_demo_graphs.py", tmp_path, {**GRAPHS, "data.folds": 3, "halve_at": 2, "explicit_layers": 1}, "--mode=folds"
-    )
+    settings = {**GRAPHS, "data.folds": 3, "explicit_layers": 1}
+    settings |= {"optimizer.schedule": "step", "optimizer.decay_at": "(2,)"}
+    argv = command("ignn_demo_graphs.py", tmp_path, settings, "--mode=folds")
     assert ignn_graphs.main(argv) == 0
     out = capsys.readouterr().out
     assert "3 folds: test accuracy" in out and out.count("Starting from scratch") == 3
@@ -260,24 +259,6 @@ def test_mistakes_are_explained_in_a_paragraph(config, settings, message, tmp_pa
 def test_options_are_taken_out_of_a_command_line_in_both_their_forms():
     argv = ["x", "--mode", "folds", "--config=a", "--workdir=b", "--workdir", "c", "--config.mode=1"]
     assert without(argv, ("mode", "workdir")) == ["x", "--config=a", "--config.mode=1"]
-
-
-def test_a_run_stopped_before_the_rate_is_halved_goes_on_at_the_full_rate(tmp_path, monkeypatch):
-    """As after SIGTERM: the first part ends early, with status 0."""
-    settings = {**GRAPHS, "halve_at": 3, "checkpoint_every": 1, "explicit_layers": 1}
-    assert ignn_graphs.main(command("ignn_demo_graphs.py", tmp_path, {**settings, "steps": 2, "halve_at": 0})) == 0
-    real, calls = ignn_graphs.run, []
-
-    def stopped(make_task, argv):
-        calls.append(argv)
-        return 0
-
-    monkeypatch.setattr(ignn_graphs, "run", stopped)
-    assert ignn_graphs.main(command("ignn_demo_graphs.py", tmp_path, settings)) == 0
-    assert len(calls) == 1 and committed_steps(tmp_path)[-1] == 2
-    monkeypatch.setattr(ignn_graphs, "run", real)
-    assert ignn_graphs.main(command("ignn_demo_graphs.py", tmp_path, settings)) == 0
-    assert committed_steps(tmp_path)[-1] == 4
 
 
 def test_the_demo_trains_its_implicit_network(tmp_path):

@@ -105,6 +105,13 @@ def test_small_gradients_are_scaled_as_in_pytorch(name):
     np.testing.assert_allclose(updates, -1e-6 / (root + 1e-8), rtol=1e-6)
 
 
+def test_the_rate_falls_in_steps_after_the_warm_up():
+    config = {"learning_rate": 1.0, "schedule": "step", "decay_at": (4, 6), "decay_factor": 0.5, "warmup_steps": 2}
+    assert rates(config, range(8)) == [0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    with pytest.raises(UserError, match="decay_at"):
+        learning_rate({"learning_rate": 1.0, "schedule": "step"})
+
+
 @pytest.mark.parametrize("config, message", [({"name": "adm"}, "did you mean 'adam'"), ({"schedule": "cosin"}, "'cosine'")])
 def test_a_mistyped_name_is_an_error_that_names_the_right_one(config, message):
     with pytest.raises(UserError, match=message):
