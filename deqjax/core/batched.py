@@ -61,6 +61,11 @@ def subtract(a: State, b: State) -> State:
     return jax.tree.map(jnp.subtract, a, b)
 
 
+def scaled(scale_B: Inexact[Array, " B"], a: State) -> State:
+    """`scale * a` with one scale per sample."""
+    return jax.tree.map(lambda x: (per_sample(scale_B, x) * x.astype(scale_B.dtype)).astype(x.dtype), a)
+
+
 def add_scaled(a: State, scale_B: Inexact[Array, " B"], b: State) -> State:
     """`a + scale * b` with one scale per sample."""
     return jax.tree.map(lambda x, y: x + (per_sample(scale_B, y) * y.astype(scale_B.dtype)).astype(x.dtype), a, b)

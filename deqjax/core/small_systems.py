@@ -1,4 +1,4 @@
-"""Small symmetric systems, one per sample, as in Anderson acceleration.
+"""Small systems, one per sample, as in Anderson acceleration and in Broyden's method.
 
 The samples are the last axis here, so that the few dozen operations of a factorisation are vector operations over them.
 """
@@ -30,23 +30,32 @@ def _cholesky_solve(matrix, rhs):
         return jax.scipy.linalg.cho_solve((lower, True), jnp.moveaxis(rhs, -1, 0)[..., None])[..., 0].T
     # Rounding must not turn a pivot negative.
     tiny = jnp.finfo(matrix.dtype).tiny
-    # The right-hand side is eliminated like a last row of the matrix. What a column leaves is computed there and then; the
-    # compiler would rather compute it again in each of its many uses.
-    rows = [*_computed(matrix), _computed(rhs)]
+    # The right-hand side is eliminated like a last row of the matrix.
+    rows = [*matrix, rhs]
     factor: list[list] = [[None] * M for _ in rows]
     inverse_pivots = []
     for j in range(M):
         pivot = rows[j][j] - sum(factor[j][k] ** 2 for k in range(j))
         inverse = jax.lax.rsqrt(jnp.maximum(pivot, tiny))
         below = [(rows[i][j] - sum(factor[i][k] * factor[j][k] for k in range(j))) * inverse for i in range(j + 1, M + 1)]
-        inverse, below = _computed((inverse, below))
         inverse_pivots.append(inverse)
         for i, entry in enumerate(below, start=j + 1):
             factor[i][j] = entry
     x: list = [None] * M
     for i in reversed(range(M)):
-        x[i] = _computed((factor[M][i] - sum(factor[k][i] * x[k] for k in range(i + 1, M))) * inverse_pivots[i])
+        x[i] = (factor[M][i] - sum(factor[k][i] * x[k] for k in range(i + 1, M))) * inverse_pivots[i]
     return jnp.stack(x)
 
 
-_computed = jax.lax.optimization_barrier
+def solve_lower(matrix: Inexact[Array, "M M B"], rhs: Inexact[Array, "M B"], transpose: bool = False) -> Inexact[Array, "M B"]:
+    """Solves lower triangular systems, or their transposes. What is above the diagonal is not looked at."""
+    M = rhs.shape[0]
+    if M > _WRITTEN_OUT:
+        matrix, rhs = jnp.moveaxis(matrix, -1, 0), jnp.moveaxis(rhs, -1, 0)[..., None]
+        settings = {"left_side": True, "lower": True, "transpose_a": transpose}
+        return jax.lax.linalg.triangular_solve(matrix, rhs, **settings)[..., 0].T
+    x: dict = {}
+    for i in range(M)[::-1] if transpose else range(M):
+        known = sum((matrix[k, i] if transpose else matrix[i, k]) * x[k] for k in x)
+        x[i] = (rhs[i] - known) / matrix[i, i]
+    return jnp.stack([x[i] for i in range(M)])

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from deqjax import Anderson, Broyden, NewtonKrylov, Picard, Status, fixed_point
-from deqjax.core.small_systems import solve_positive
+from deqjax.core.small_systems import solve_lower, solve_positive
+from deqjax.core.solve import solve
+from deqjax.core.solvers.broyden import inverse_transposed
+from deqjax.core.solvers.torchdeq_broyden import TorchDEQBroyden
 from tests.core.test_fixed_point import named
 
 
@@ -102,3 +105,42 @@ def test_nothing_compiles_again_when_numbers_change():
     for tol, damping, scale in ((1e-3, 1.0, 1.0), (1e-6, 0.5, 2.0)):
         run(jnp.asarray(tol), jnp.asarray(damping), scale * jnp.ones((2, 3)))
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("line_search", [None, "sample"])
+def test_broyden_in_product_form_is_broyden(line_search):
+    """With memory enough, step for step what the sum of rank-one terms gives."""
+    x = jax.random.normal(jax.random.key(0), (3, 6), jnp.float64)
+    f = lambda z: jnp.cos(2 * z[:, ::-1]) + x
+    for steps in (1, 2, 5, 9):
+        settings = {"max_steps": steps, "memory": None, "line_search": line_search, "return_final": True}
+        product, rank_one = (solve(f, x, cls(**settings)).value for cls in (Broyden, TorchDEQBroyden))
+        np.testing.assert_allclose(product, rank_one, rtol=1e-8)
+
+
+@pytest.mark.parametrize("memory", [2, 4])
+def test_broydens_inverse_maps_the_last_change_to_the_last_step(memory):
+    """The secant condition, for full and for shortened steps, from the first step after each new beginning."""
+    x, c = jax.random.normal(jax.random.key(0), (2, 3, 6), jnp.float64)
+    f = lambda z: jnp.cos(2 * z[:, ::-1]) + x
+    solver = Broyden(max_steps=20, memory=memory, line_search="sample")
+    z, state = x, solver.init(x)
+    checked = 0
+    for _ in range(12):
+        z_next, state = solver.step(f, z, f(z), state)
+        if state.used > 1:
+            checked += 1
+            ds, dg = z - previous, (f(z) - z) - (f(previous) - previous)  # noqa: F821
+            np.testing.assert_allclose(jnp.sum(inverse_transposed(state, c) * dg, 1), jnp.sum(c * ds, 1), rtol=1e-6)
+        previous, z = z, z_next  # noqa: F841
+    assert checked >= 6
+
+
+def test_small_triangular_systems():
+    for n in (1, 4, 8, 11):
+        matrix = jnp.moveaxis(
+            jnp.tril(jax.random.normal(jax.random.key(n), (5, n, n), jnp.float64)) + 3 * jnp.eye(n)[None], 0, -1
+        )
+        b = jax.random.normal(jax.random.key(1), (n, 5), jnp.float64)
+        np.testing.assert_allclose(jnp.einsum("mnb,nb->mb", matrix, solve_lower(matrix, b)), b, atol=1e-10)
+        np.testing.assert_allclose(jnp.einsum("nmb,nb->mb", matrix, solve_lower(matrix, b, transpose=True)), b, atol=1e-10)

@@ -8,6 +8,7 @@ from deqjax.core.solvers.base import Solver
 from deqjax.core.solvers.broyden import Broyden
 from deqjax.core.solvers.newton_krylov import NewtonKrylov
 from deqjax.core.solvers.picard import Picard
+from deqjax.core.solvers.torchdeq_broyden import TorchDEQBroyden
 
 _SOLVERS: dict[str, type[Solver]] = {
     "picard": Picard,
@@ -15,6 +16,7 @@ _SOLVERS: dict[str, type[Solver]] = {
     "anderson": Anderson,
     "broyden": Broyden,
     "newton_krylov": NewtonKrylov,
+    "torchdeq_broyden": TorchDEQBroyden,
 }
 
 

@@ -1,4 +1,4 @@
-"""Broyden's method ("good" update) with limited memory."""
+"""Broyden's method ("good" update) with limited memory, in product form."""
 
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
@@ -8,40 +8,41 @@ import jax.numpy as jnp
 
 from deqjax.core import batched
 from deqjax.core.annotations import State
+from deqjax.core.small_systems import solve_lower
 from deqjax.core.solvers.base import Solver, require
 from deqjax.core.solvers.line_search import step_length
 
 
 class BroydenState(NamedTuple):
-    """The estimate H = -I + sum_j u_j v_j^T of the inverse Jacobian of g, and the last step, which will improve it."""
+    """The directions d_0, d_1, ... since the method last began anew; the inverse is made of them and of one more state."""
 
-    count: jax.Array  # evaluations so far
-    z: Any  # previous point
-    residual: Any  # g at the previous point
-    direction: Any  # -H g at the previous point
-    length: jax.Array  # [B] of the step taken along it
-    us: Any  # [B, M, ...]
-    vs: Any  # [B, M, ...]
-    kept: jax.Array  # [M] slots in use
+    used: jax.Array  # how many there are
+    directions: Any  # [B, M, ...]
+    gram: jax.Array  # [M, M, B] their inner products
+    lengths: jax.Array  # [M, B] of the steps along them
+    excess: Any  # d_0 - g_0, what d_0 has from before the method began anew
+    excess_products: jax.Array  # [M, B] its inner products with the directions
+    kept: jax.Array  # [M, B] slots in use
+    square: jax.Array  # [B] |g|^2 where the last direction was taken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Broyden(Solver):
-    """Quasi-Newton root finding for g(z) = f(z) - z with an estimate H = -I + sum_j u_j v_j^T of the inverse Jacobian.
+    """Quasi-Newton root finding for g(z) = f(z) - z (Broyden 1965), with one state of memory per step.
 
-    After a step dz with change dg of the residual: v = H^T dz, u = (dz - H dg) / (v . dg), and the next direction is
-    -H g. (Broyden 1965, in the inverse form by Sherman and Morrison.)
+    It steps by l_j d_j along d_j = -H_j g_j. With H_0 = -I, the secant updates of the inverse Jacobian multiply:
+    H_k = E_{k-1} ... E_0 H_0, E_j = I + (d_{j+1} - (1 - l_j) d_j) d_j^T / |d_j|^2
+    (Kelley 1995, section 7.3, for full steps). So -H_k g is a combination of g and the directions so far, and its weights
+    follow from inner products. Once the memory is full, the method begins anew with its last direction as d_0. That one is
+    not g_0, and with e = d_0 - g_0 its factor is E_0 = I + (d_1 - (1 - l_0) d_0 + e) d_0^T / (d_0 . g_0).
 
     Attributes:
-      memory: rank-one terms kept; None keeps one for every step.
-      when_full: "restart" forgets everything and begins anew; "overwrite" replaces the oldest term (the original's
-        choice, which loses convergence when the memory is shorter than the solve).
+      memory: directions kept; None keeps one for every step.
       line_search: None takes full steps. "sample" looks for each sample's step length that lowers its residual,
         "batch" for one common to all (as TorchDEQ). A search costs further evaluations of f.
     """
 
     memory: int | None = 20
-    when_full: str = "restart"
     line_search: str | None = None
 
     # A root finder moves the point itself; f(z) need not be closer to the solution than z.
@@ -50,64 +51,81 @@ class Broyden(Solver):
     def __post_init__(self):
         super().__post_init__()
         require(self.memory is None or self.memory >= 1, "memory", self.memory, "None, or 1 or more")
-        require(self.when_full in ("restart", "overwrite"), "when_full", self.when_full, '"restart" or "overwrite"')
         require(self.line_search in (None, "sample", "batch"), "line_search", self.line_search, 'None, "sample" or "batch"')
 
     def init(self, z):
-        memory = max(1, self.max_steps - 1)
-        if self.memory is not None:
-            memory = min(memory, self.memory)
-        zeros = jax.tree.map(jnp.zeros_like, z)
-        length = jnp.ones_like(batched.norm(z))
-        history, none = batched.new_history(z, memory), jnp.zeros((memory,), bool)
-        return BroydenState(jnp.zeros((), jnp.int32), zeros, zeros, zeros, length, history, history, none)
+        M = max(1, self.max_steps if self.memory is None else min(self.memory, self.max_steps))
+        zeros = jnp.zeros_like(batched.norm(z))
+        per_slot = jnp.repeat(zeros[None], M, axis=0)
+        gram, excess = jnp.repeat(per_slot[None], M, axis=0), jax.tree.map(jnp.zeros_like, z)
+        none, history = per_slot != 0, batched.new_history(z, M)
+        return BroydenState(jnp.zeros((), jnp.int32), history, gram, per_slot, excess, per_slot, none, zeros)
 
     def step(self, f, z, f_z, state):
-        memory = state.kept.shape[0]
-        slot = jnp.maximum(state.count - 1, 0) % memory
-        here = jnp.arange(memory, dtype=jnp.int32) == slot
-        forget = (slot == 0) if self.when_full == "restart" else jnp.zeros((), bool)
-        kept = state.kept & ~forget
-
+        M = state.lengths.shape[0]
         residual = batched.subtract(f_z, z)
-        dz, dg = batched.subtract(z, state.z), batched.subtract(residual, state.residual)
-        weights = jnp.where(kept[None], batched.coefficients(state.vs, residual), 0)
-        H_g = _apply(state.us, weights, residual)
-        v = _apply(state.vs, jnp.where(kept[None], batched.coefficients(state.us, dz), 0), dz)
-        curvature = batched.inner(v, dg)
-        # The first evaluation has no step behind it; a finished sample has an empty one. Both add nothing.
-        usable = (state.count > 0) & (curvature != 0) & jnp.isfinite(curvature)
-        # dz - H dg without forming H dg: before the step H g was -direction (or, H being forgotten, is -g).
-        numerator = batched.add_scaled(jax.tree.map(jnp.negative, H_g), state.length - 1, state.direction)
-        numerator = jax.tree.map(lambda n, a, b: jnp.where(forget, a + b, n), numerator, dz, dg)
-        u = batched.add_scaled(jax.tree.map(jnp.zeros_like, z), _reciprocal(curvature, usable), numerator)
+        square = batched.inner(residual, residual)
+        newest = jnp.maximum(state.used - 1, 0)
+        products = jnp.where(state.kept, batched.coefficients(state.directions, residual).T, 0)
+        t = solve_lower(_factors(state), products)
 
-        # The next direction is by the improved estimate: one term more, and without the one that it replaces.
-        if self.when_full == "overwrite":
-            replaced = jnp.sum(jnp.where(here[None], weights, 0), axis=1)
-            H_g = batched.add_scaled(H_g, -replaced, batched.read(state.us, slot))
-        H_g = batched.add_scaled(H_g, batched.inner(v, residual), u)
-        direction = jax.tree.map(jnp.negative, H_g)
-        us, vs = (batched.write_after(direction, history, slot, x) for history, x in ((state.us, u), (state.vs, v)))
-
+        # A finished sample stands still. A step of length 0 says so, and leaves the inverse as it is.
+        still = (square == state.square) & (t[newest] > 0.5)
+        lengths = state.lengths.at[newest].set(jnp.where(still, 0, state.lengths[newest]))
+        t = t.at[newest].set(jnp.where(still, 0, t[newest]))
+        denominator = 1 - t[newest]
+        usable = (denominator != 0) & jnp.isfinite(denominator)
+        kept = state.kept & usable[None]
+        scale = jnp.where(usable, 1 / jnp.where(usable, denominator, 1), 1)
+        weights = jnp.where(kept, jnp.roll(t, 1, axis=0).at[0].set(0) - (1 - lengths) * t, 0)
+        direction = jax.tree.map(jnp.add, residual, batched.combine(state.directions, weights.T))
+        direction = batched.scaled(scale, batched.add_scaled(direction, jnp.where(usable, t[0], 0), state.excess))
         if self.line_search is None:
-            length = state.length
+            length = jnp.ones_like(square)
             z_next = jax.tree.map(jnp.add, z, direction)
         else:
             length = step_length(f, *jax.lax.stop_gradient((z, residual, direction)), self.line_search)
             z_next = batched.add_scaled(z, length, direction)
-        return z_next, BroydenState(state.count + 1, z, residual, direction, length, us, vs, kept | here)
+
+        anew = state.used == M
+        slot = jnp.where(anew, 0, state.used)
+        excess = jax.tree.map(lambda e, d, g: jnp.where(anew, d - g, e), state.excess, direction, residual)
+        row = batched.coefficients(state.directions, direction).at[:, slot].set(batched.inner(direction, direction)).T
+        state = BroydenState(
+            used=slot + 1,
+            directions=batched.write_after(row.T, state.directions, slot, direction),
+            gram=state.gram.at[slot].set(row).at[:, slot].set(row),
+            lengths=lengths.at[slot].set(length),
+            excess=excess,
+            excess_products=state.excess_products.at[slot].set(batched.inner(excess, direction)),
+            kept=(kept & ~anew).at[slot].set(True),
+            square=square,
+        )
+        return z_next, state
 
 
 def inverse_transposed(state: BroydenState, c: State) -> State:
-    """H^T c."""
-    return _apply(state.vs, jnp.where(state.kept[None], batched.coefficients(state.us, c), 0), c)
+    """H^T c, H being the estimate that gave the last direction; -c where the method has just begun anew."""
+    slots = jnp.arange(state.lengths.shape[0], dtype=jnp.int32)[:, None]
+    products = jnp.where(state.kept, batched.coefficients(state.directions, c).T, 0)
+    ahead = jnp.roll(products, -1, axis=0)
+    of_excess = jnp.where(slots == 0, batched.inner(state.excess, c)[None], 0)
+    # The last direction has no factor yet.
+    rhs = jnp.where(state.kept & (slots < state.used - 1), ahead - (1 - state.lengths) * products + of_excess, 0)
+    weights = solve_lower(_factors(state), rhs, transpose=True)
+    return jax.tree.map(lambda c, d: -(c + d), c, batched.combine(state.directions, weights.T))
 
 
-def _apply(left, coefficients_BM, x):
-    """(-I + sum_j left_j right_j^T) x, with the products right_j . x given."""
-    return batched.subtract(batched.combine(left, coefficients_BM), x)
-
-
-def _reciprocal(x, usable):
-    return jnp.where(usable, 1 / jnp.where(usable, x, 1), 0)
+def _factors(state: BroydenState):
+    """The triangular matrix T [M, M, B] with T t = (d_j . g)_j, where t_j scales (d_{j+1} - ...) in E_j ... E_0 g."""
+    M = state.lengths.shape[0]
+    column = jnp.arange(M, dtype=jnp.int32)[None, :, None]
+    row = jnp.arange(M, dtype=jnp.int32)[:, None, None]
+    used = state.kept[:, None] & state.kept[None]
+    # d_i . (d_{j+1} - (1 - l_j) d_j + e), the last for the first factor alone; and |d_j|^2, or d_0 . g_0.
+    of_excess = jnp.where(column == 0, state.excess_products[:, None], 0)
+    below = (1 - state.lengths)[None] * state.gram - jnp.roll(state.gram, -1, axis=1) - of_excess
+    diagonal = state.gram - of_excess
+    # A slot not in use, or an empty direction, has a unit row.
+    diagonal = jnp.where(used & (diagonal != 0), diagonal, 1)
+    return jnp.where(row == column, diagonal, jnp.where(used & (row > column), below, 0))
