@@ -19,7 +19,7 @@ from flax import nnx
 from deqjax.data.amazon import amazon
 from deqjax.data.chains import chains
 from deqjax.data.errors import DataError
-from deqjax.data.graphs import Graph, check_well_posed, components
+from deqjax.data.graphs import Graph, check_well_posed, components, with_radius
 from deqjax.data.ppi import ppi, synthetic_ppi
 from deqjax.interop.ignn import export_ignn, load_ignn
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
@@ -219,8 +219,8 @@ def read(config) -> dict[str, list[Example]]:
 def _chains(config):
     data = config.data
     whole = chains(data.length, data.classes, data.chains or None, data.features, data.noise, data.split, seed=data.data_seed)
-    parts = components(whole.graph)
-    _check_radii([part for _, part in parts], config)
+    indices, parts = zip(*components(whole.graph), strict=True)
+    parts = list(zip(indices, _with_radii(parts, config), strict=True))
     return {split: _masked(parts, whole.graph.n_nodes, getattr(whole, split)) for split in SPLITS}
 
 
@@ -233,28 +233,29 @@ def _masked(parts, n_nodes, chosen):
 
 def _ppi(config):
     graphs = ppi(config.data.dir) if config.data.name == "ppi" else synthetic_ppi(seed=config.data.data_seed)
-    for split in SPLITS:
-        _check_radii(graphs[split], config)
     every = lambda graph: Example(as_single(graph), graph.labels, np.ones(graph.n_nodes, bool))  # noqa: E731
-    return {split: [every(graph) for graph in graphs[split]] for split in SPLITS}
+    return {split: [every(graph) for graph in _with_radii(graphs[split], config)] for split in SPLITS}
 
 
 def _amazon(config):
     whole = amazon(config.data.dir, config.data.portion)
-    _check_radii([whole.graph], config)
+    (graph,) = _with_radii([whole.graph], config)
     train, valid = whole.train, whole.test
     if config.data.select == "valid":
         # The original selects by the test nodes; a tenth of the training nodes serves instead.
         shuffled = np.random.default_rng(config.data.data_seed).permutation(whole.train)
         valid, train = np.split(shuffled, [max(len(shuffled) // 10, 1)])
     chosen = {"train": train, "valid": valid, "test": whole.test}
-    parts = [(np.arange(whole.graph.n_nodes), whole.graph)]
-    return {split: _masked(parts, whole.graph.n_nodes, chosen[split]) for split in SPLITS}
+    parts = [(np.arange(graph.n_nodes), graph)]
+    return {split: _masked(parts, graph.n_nodes, chosen[split]) for split in SPLITS}
 
 
-def _check_radii(graphs, config):
-    if config.model.spectral_radius is not None:
-        check_well_posed(graphs, config.model.kappa, config.model.spectral_radius)
+def _with_radii(graphs, config):
+    """The graphs with what the projection of W goes by: the config's radius, if it will do for all, or each its own."""
+    if config.model.spectral_radius is None:
+        return [graph if graph.radius is not None else with_radius(graph) for graph in graphs]
+    check_well_posed(graphs, config.model.kappa, config.model.spectral_radius)
+    return graphs
 
 
 def _check_settings(config) -> None:
@@ -269,7 +270,7 @@ def _check_settings(config) -> None:
         ("explicit_layers", config.explicit_layers, 0),
         ("clip_each", config.clip_each, 0),
     ):
-        if value < least:
+        if not value >= least:  # NaN is refused, too
             raise ValueError(f"{name}={value}: must be {least} or more.")
 
 

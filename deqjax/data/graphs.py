@@ -191,7 +191,7 @@ def check_well_posed(graphs: Sequence[Graph], kappa: float, radius: float) -> No
                 f"not well-posed: kappa={kappa} is not below {radius / measured:.6g}, which is {radius:.6g} over "
                 f"{measured:.6g}, the spectral radius of graph {number}'s adjacency. W X A may then grow without bound and "
                 "the layer has no unique equilibrium. Lower kappa, normalise the adjacency, or leave the radius to be measured "
-                "(model.spectral_radius=None)."
+                "(model.spectral_radius = None in the config file)."
             )
 
 

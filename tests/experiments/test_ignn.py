@@ -134,6 +134,13 @@ def test_an_epoch_compiles_no_more_often_than_there_are_buckets():
     assert len({b["nodes"].shape for b in batches}) == 2 == update._cache_size()
 
 
+def test_radii_are_measured_where_the_config_gives_none():
+    config = ignn_chains.get_config()
+    config.update_from_flattened_dict({"data.length": 4, "model.spectral_radius": None})
+    radii = [example.graph.globals[0] for example in NodeTask(config).splits["train"]]
+    np.testing.assert_allclose(radii, 1.00001, rtol=1e-6)
+
+
 def test_every_graph_of_an_epoch_is_seen_once():
     task = small_ppi()
     seen = [int(task.batch(k)["n_edge"][0, 0]) for k in range(3)]
@@ -240,6 +247,7 @@ def test_published_configs_say_what_data_they_need(name, tmp_path, monkeypatch, 
         ("ignn_chains.py", {"data.split": "half"}, "data.split='half'"),
         ("ignn_chains.py", {"data.select": "train"}, "data.select='train'"),
         ("ignn_chains.py", {"clip_each": -1.0}, "clip_each=-1.0"),
+        ("ignn_chains.py", {"clip_each": "nan"}, "clip_each=nan"),
         ("ignn_chains.py", {"deq.n_state": 3}, "n_state"),
         ("ignn_demo_graphs.py", {"model.spectral_radius": 0.4}, "not well-posed"),
         ("ignn_demo_graphs.py", {"data.fold": 4, "data.folds": 4}, "data.fold=4"),
