@@ -134,6 +134,14 @@ def test_an_epoch_compiles_no_more_often_than_there_are_buckets():
     assert len({b["nodes"].shape for b in batches}) == 2 == update._cache_size()
 
 
+@pytest.mark.parametrize("length", [1, 100, 1000])
+def test_a_solve_is_long_enough_for_any_chain(length):
+    config = ignn_chains.get_config()
+    config.data.length = length
+    assert config.deq.f_options.burn_in == 2 * length + 20 < config.deq.f_max_iter == config.deq.b_max_iter
+    assert ignn_chains.get_config("zoo").deq.f_max_iter == 40
+
+
 def test_radii_are_measured_where_the_config_gives_none():
     config = ignn_chains.get_config()
     config.update_from_flattened_dict({"data.length": 4, "model.spectral_radius": None})
@@ -246,6 +254,9 @@ def test_published_configs_say_what_data_they_need(name, tmp_path, monkeypatch, 
         ("ignn_chains.py", {"data.classes": 200}, "200 classes"),
         ("ignn_chains.py", {"data.split": "half"}, "data.split='half'"),
         ("ignn_chains.py", {"data.select": "train"}, "data.select='train'"),
+        ("ignn_chains.py", {"deq.f_max_iter": 40}, "the solve of training ends after 40 steps"),
+        ("ignn_chains.py", {"deq.eval_f_max_iter": 30}, "the solve of evaluation ends after 30 steps"),
+        ("ignn_chains.py", {"deq.b_max_iter": 40}, "the solve of the gradient ends after 40 steps"),
         ("ignn_chains.py", {"clip_each": -1.0}, "clip_each=-1.0"),
         ("ignn_chains.py", {"clip_each": "nan"}, "clip_each=nan"),
         ("ignn_chains.py", {"deq.n_state": 3}, "n_state"),
