@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -132,6 +133,28 @@ def test_an_epoch_compiles_no_more_often_than_there_are_buckets():
     for batch in batches:
         state, _, _ = update(state, batch)
     assert len({b["nodes"].shape for b in batches}) == 2 == update._cache_size()
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "message"),
+    [
+        ("ignn_chains.py", ["--mode=eval"], "should be one of <train>"),
+        ("ignn_ppi.py:synthetic", [], "takes a config of chains"),
+        ("ignn_mutag.py", [], "takes a config of chains"),
+        ("ignn_chains.py", ["--config.model.kappa=1.0"], "well-posed"),
+    ],
+)
+def test_a_sweep_trains_chains_and_nothing_else(config, extra, message, tmp_path, capsys):
+    assert ignn_chain_lengths.main(command(config, tmp_path, {}, *extra)) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert message in err and not list(tmp_path.glob("**/metrics.jsonl"))
+
+
+def test_a_sweep_without_matplotlib_keeps_its_numbers(tmp_path, monkeypatch, capsys):
+    settings = {**CHAINS, "steps": 2, "sweep.lengths": (2,), "sweep.seeds": (0,), "sweep.explicit_layers": ()}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert ignn_chain_lengths.main(command("ignn_chains.py", tmp_path, {**settings, "explicit_layers": 1})) == 2
+    assert "deqjax[viz]" in capsys.readouterr().err and (tmp_path / "accuracy.json").is_file()
 
 
 @pytest.mark.parametrize("length", [1, 100, 1000])
