@@ -67,8 +67,6 @@ class NodeTask:
         n_classes = example.labels.shape[1] if self.sets else config.data.classes
         n_features = int(example.graph.n_node[0]) if example.graph.nodes is None else example.graph.nodes.shape[1]
         self.architecture = IGNNConfig(n_features=n_features, n_classes=n_classes, **config.model)
-        if config.explicit_layers and example.graph.nodes is None:
-            raise ValueError("explicit_layers needs nodes with features; those of Amazon have none.")
         self.buckets = fit_buckets([e.graph for split in SPLITS for e in self.splits[split]], config.data.buckets)
         self.rows = batch_devices(make_mesh(config.get("mesh")))
         self.items_per_step = ("graphs", self.batch_size)
@@ -261,6 +259,13 @@ def _with_radii(graphs, config):
 def _check_settings(config) -> None:
     """Raises ValueError for a setting that cannot be."""
     data = config.data
+    if config.model.network == "graphs":
+        raise ValueError('model.network="graphs" classifies whole graphs: python -m experiments.ignn_graphs')
+    if data.name == "amazon" and (config.explicit_layers or data.batch_size > 1 or config.model.network == "ppi"):
+        raise ValueError(
+            "the products of Amazon are one graph, and have no features: explicit_layers must be 0, data.batch_size 0 or 1, "
+            'and model.network "amazon" or "chains".'
+        )
     for name, value, allowed in (("name", data.name, DATA), ("select", data.select, ("valid", "test"))):
         if value not in allowed:
             raise ValueError(f"data.{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")

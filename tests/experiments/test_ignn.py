@@ -17,7 +17,7 @@ from experiments import ignn_chain_lengths, ignn_graphs, ignn_nodes
 from experiments.graph_metrics import accuracy
 from experiments.ignn_graphs import GraphTask
 from experiments.ignn_nodes import SPLITS, Example, NodeTask, as_single
-from experiments.many_runs import without
+from experiments.many_runs import final_value, without
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CHAINS = {"data.length": 4, "model.n_hidden": 4, "steps": 4, "log_every": 2, "eval_every": 2, "checkpoint_every": 2}
@@ -273,6 +273,10 @@ def test_published_configs_say_what_data_they_need(name, tmp_path, monkeypatch, 
         ("ignn_chains.py", {"model.kappa": 1.0}, "well-posed"),
         ("ignn_chains.py", {"model.spectral_radius": 0.5}, "not well-posed: kappa=0.9 is not below 0.5"),
         ("ignn_chains.py", {"data.name": "cora"}, "data.name='cora'"),
+        ("ignn_chains.py", {"model.network": "graphs"}, "experiments.ignn_graphs"),
+        ("ignn_amazon.py", {"model.network": "ppi"}, "have no features"),
+        ("ignn_amazon.py", {"data.batch_size": 2}, "are one graph"),
+        ("ignn_amazon.py", {"explicit_layers": 2}, "have no features"),
         ("ignn_chains.py", {"data.length": 0}, "length 0"),
         ("ignn_chains.py", {"data.classes": 200}, "200 classes"),
         ("ignn_chains.py", {"data.split": "half"}, "data.split='half'"),
@@ -292,10 +296,17 @@ def test_published_configs_say_what_data_they_need(name, tmp_path, monkeypatch, 
     ],
 )
 def test_mistakes_are_explained_in_a_paragraph(config, settings, message, tmp_path, capsys):
-    main = ignn_nodes.main if config == "ignn_chains.py" else ignn_graphs.main
+    main = ignn_graphs.main if config == "ignn_demo_graphs.py" else ignn_nodes.main
     assert main(command(config, tmp_path, settings)) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert message in err and "Traceback" not in err
+
+
+def test_what_a_killed_run_left_behind_is_no_result(tmp_path):
+    assert final_value(tmp_path, "test/accuracy", 4) is None
+    whole = '{"step": 2, "test/accuracy": 0.5}\n{"step": 4, "test/accuracy": 0.75}\n{"step": 4, "valid/loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 6, "test/acc')
+    assert final_value(tmp_path, "test/accuracy", 4) == 0.75 and final_value(tmp_path, "test/accuracy", 6) is None
 
 
 def test_options_are_taken_out_of_a_command_line_in_both_their_forms():
