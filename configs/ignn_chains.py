@@ -58,11 +58,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deq = ml_collections.ConfigDict()
     config.deq.core = "sliced"
     config.deq.f_solver = "fixed_point_iter"
-    config.deq.f_max_iter = 400
+    config.deq.f_max_iter = config.data.get_ref("length") * 2 + 200
     config.deq.f_tol = 1e-6
     config.deq.f_stop_mode = "rel"
     config.deq.b_solver = "fixed_point_iter"
-    config.deq.b_max_iter = 400
+    config.deq.b_max_iter = config.data.get_ref("length") * 2 + 200
     config.deq.b_tol = 1e-6
     config.deq.b_stop_mode = "rel"
     # Not before what the first node says has come to the last: that takes about 2 steps a node, and what comes is so small

@@ -15,17 +15,31 @@ import numpy as np
 from deqjax.training.errors import UserError
 from deqjax.training.main import parse, run
 from experiments.ignn_nodes import NodeTask
-from experiments.ignn_nodes import main as train
 from experiments.many_runs import finish
+
+
+class ChainTask(NodeTask):
+    """Node classification with a config that can be swept over chain lengths: to be trained, and nothing else."""
+
+    modes = ("train",)
+
+    def __init__(self, config):
+        if config.data.name != "chains" or "sweep" not in config:
+            raise UserError("the sweep over lengths takes a config of chains with a `sweep`, as configs/ignn_chains.py.")
+        super().__init__(config)
+
+
+def train(argv):
+    return run(ChainTask, argv)
 
 
 def main(argv=None):
     argv = list(sys.argv if argv is None else argv)
     try:
-        options = parse(argv)
+        options = parse(argv, ChainTask.modes)
         sweep = options.config.sweep
     except (UserError, AttributeError):
-        return run(NodeTask, argv)  # which says what is wrong
+        return train(argv)  # which says what is wrong
     workdir, accuracy = Path(options.workdir), {}
     for length in sweep.lengths:
         for layers in (0, *sweep.explicit_layers):
@@ -39,7 +53,11 @@ def main(argv=None):
                 print(f"length {length}, {label(layers)}, seed {seed}: test accuracy {result:.3f}", flush=True)
     (workdir / "accuracy.json").write_text(json.dumps(accuracy, indent=2) + "\n")
     print(table(accuracy))
-    draw(accuracy, options.config.data.classes, workdir / "accuracy.png")
+    try:
+        draw(accuracy, options.config.data.classes, workdir / "accuracy.png")
+    except UserError as error:
+        print(f"No picture: {error}", file=sys.stderr)
+        return 2
     print(f"Drew {workdir / 'accuracy.png'}.")
     return 0
 

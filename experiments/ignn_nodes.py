@@ -19,7 +19,7 @@ from flax import nnx
 from deqjax.data.amazon import amazon
 from deqjax.data.chains import chains
 from deqjax.data.errors import DataError
-from deqjax.data.graphs import Graph, check_well_posed, components
+from deqjax.data.graphs import Graph, check_well_posed, components, with_radius
 from deqjax.data.ppi import ppi, synthetic_ppi
 from deqjax.interop.ignn import export_ignn, load_ignn
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
@@ -59,7 +59,7 @@ class NodeTask:
         self.config = config
         _check_settings(config)
         self.deq = DEQConfig.from_config(config.deq)
-        self.deq.eval_budget()
+        _check_burn_in(self.deq)
         self.splits = read(config) if splits is None else splits
         example = self.splits["train"][0]
         # Labels of a node are one class or a set.
@@ -67,8 +67,6 @@ class NodeTask:
         n_classes = example.labels.shape[1] if self.sets else config.data.classes
         n_features = int(example.graph.n_node[0]) if example.graph.nodes is None else example.graph.nodes.shape[1]
         self.architecture = IGNNConfig(n_features=n_features, n_classes=n_classes, **config.model)
-        if config.explicit_layers and example.graph.nodes is None:
-            raise ValueError("explicit_layers needs nodes with features; those of Amazon have none.")
         self.buckets = fit_buckets([e.graph for split in SPLITS for e in self.splits[split]], config.data.buckets)
         self.rows = batch_devices(make_mesh(config.get("mesh")))
         self.items_per_step = ("graphs", self.batch_size)
@@ -219,8 +217,8 @@ def read(config) -> dict[str, list[Example]]:
 def _chains(config):
     data = config.data
     whole = chains(data.length, data.classes, data.chains or None, data.features, data.noise, data.split, seed=data.data_seed)
-    parts = components(whole.graph)
-    _check_radii([part for _, part in parts], config)
+    indices, parts = zip(*components(whole.graph), strict=True)
+    parts = list(zip(indices, _with_radii(parts, config), strict=True))
     return {split: _masked(parts, whole.graph.n_nodes, getattr(whole, split)) for split in SPLITS}
 
 
@@ -233,33 +231,41 @@ def _masked(parts, n_nodes, chosen):
 
 def _ppi(config):
     graphs = ppi(config.data.dir) if config.data.name == "ppi" else synthetic_ppi(seed=config.data.data_seed)
-    for split in SPLITS:
-        _check_radii(graphs[split], config)
     every = lambda graph: Example(as_single(graph), graph.labels, np.ones(graph.n_nodes, bool))  # noqa: E731
-    return {split: [every(graph) for graph in graphs[split]] for split in SPLITS}
+    return {split: [every(graph) for graph in _with_radii(graphs[split], config)] for split in SPLITS}
 
 
 def _amazon(config):
     whole = amazon(config.data.dir, config.data.portion)
-    _check_radii([whole.graph], config)
+    (graph,) = _with_radii([whole.graph], config)
     train, valid = whole.train, whole.test
     if config.data.select == "valid":
         # The original selects by the test nodes; a tenth of the training nodes serves instead.
         shuffled = np.random.default_rng(config.data.data_seed).permutation(whole.train)
         valid, train = np.split(shuffled, [max(len(shuffled) // 10, 1)])
     chosen = {"train": train, "valid": valid, "test": whole.test}
-    parts = [(np.arange(whole.graph.n_nodes), whole.graph)]
-    return {split: _masked(parts, whole.graph.n_nodes, chosen[split]) for split in SPLITS}
+    parts = [(np.arange(graph.n_nodes), graph)]
+    return {split: _masked(parts, graph.n_nodes, chosen[split]) for split in SPLITS}
 
 
-def _check_radii(graphs, config):
-    if config.model.spectral_radius is not None:
-        check_well_posed(graphs, config.model.kappa, config.model.spectral_radius)
+def _with_radii(graphs, config):
+    """The graphs with what the projection of W goes by: the config's radius, if it will do for all, or each its own."""
+    if config.model.spectral_radius is None:
+        return [graph if graph.radius is not None else with_radius(graph) for graph in graphs]
+    check_well_posed(graphs, config.model.kappa, config.model.spectral_radius)
+    return graphs
 
 
 def _check_settings(config) -> None:
     """Raises ValueError for a setting that cannot be."""
     data = config.data
+    if config.model.network == "graphs":
+        raise ValueError('model.network="graphs" classifies whole graphs: python -m experiments.ignn_graphs')
+    if data.name == "amazon" and (config.explicit_layers or data.batch_size > 1 or config.model.network == "ppi"):
+        raise ValueError(
+            "the products of Amazon are one graph, and have no features: explicit_layers must be 0, data.batch_size 0 or 1, "
+            'and model.network "amazon" or "chains".'
+        )
     for name, value, allowed in (("name", data.name, DATA), ("select", data.select, ("valid", "test"))):
         if value not in allowed:
             raise ValueError(f"data.{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
@@ -269,8 +275,23 @@ def _check_settings(config) -> None:
         ("explicit_layers", config.explicit_layers, 0),
         ("clip_each", config.clip_each, 0),
     ):
-        if value < least:
+        if not value >= least:  # NaN is refused, too
             raise ValueError(f"{name}={value}: must be {least} or more.")
+
+
+def _check_burn_in(deq: DEQConfig) -> None:
+    """Raises ValueError if a solve would end before any of its iterates counts, and hand back what it began with."""
+    forward, backward = deq.f_options.get("burn_in", 0), deq.b_options.get("burn_in", 0)
+    for name, burn_in, steps in (
+        ("training", forward, deq.f_max_iter),
+        ("evaluation", forward, deq.eval_budget()),
+        ("the gradient", backward, deq.b_max_iter),
+    ):
+        if burn_in >= max(steps, 1):
+            raise ValueError(
+                f"the solve of {name} ends after {steps} steps, but none of its first {burn_in} counts (burn_in): raise "
+                "f_max_iter, eval_f_max_iter or b_max_iter, or lower burn_in."
+            )
 
 
 def main(argv=None):

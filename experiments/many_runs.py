@@ -1,8 +1,9 @@
 """Several runs of one experiment by one command, each in a folder of its own, finished ones left alone."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from experiments.report import read_run
 
 
 def finish(
@@ -31,9 +32,12 @@ def finish(
 
 def final_value(folder: Path, metric: str, steps: int) -> float | None:
     """What a run found in its final evaluation after so many steps; None if it has not got there."""
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return next((line[metric] for line in reversed(lines) if metric in line and line["step"] >= steps), None)
+    try:
+        curves, _ = read_run(folder)
+    except FileNotFoundError:
+        return None
+    found = list(zip(*curves.get(metric, ((), ())), strict=True))
+    return next((value for step, value in reversed(found) if step >= steps), None)
 
 
 def without(argv: list[str], options) -> list[str]:

@@ -50,7 +50,7 @@ def amazon(directory: str | os.PathLike, portion: float = 0.06) -> Amazon:
         train, test = (np.loadtxt(directory / name, dtype=np.int64, ndmin=1) for name in names[3:])
     except DataError:
         raise
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise DataError(f"{directory} cannot be read as Amazon: {error}") from error
     if labels.shape != (n_nodes, n_classes):
         raise DataError(f"{directory / 'label.txt'} has the shape {labels.shape}, meta.txt says {(n_nodes, n_classes)}.")

@@ -54,7 +54,7 @@ def chains(
     """
     if protocol not in PROTOCOLS:
         raise DataError(f"data.split={protocol!r}: must be one of {', '.join(map(repr, PROTOCOLS))}.")
-    if length < 1 or n_classes < 2 or noise < 0:
+    if length < 1 or n_classes < 2 or not 0 <= noise < np.inf:
         raise DataError(f"chains of length {length}, {n_classes} classes, noise {noise}: need 1, 2 and 0 or more.")
     if n_chains is None:
         # The authors' rule: never fewer than the 320 nodes that the splits take.
@@ -62,12 +62,6 @@ def chains(
     if n_features < n_classes:
         raise DataError(f"{n_features} features cannot tell {n_classes} classes apart: there must be one for each.")
     N = n_classes * n_chains * length
-    random = np.random.RandomState(seed)
-    nodes = random.uniform(-noise, noise, size=(n_classes, n_chains, length, n_features))
-    for k in range(n_classes):
-        nodes[k, :, 0, k] += 1
-    index = np.arange(N)
-    random.shuffle(index)
     if protocol == "percent":
         sizes = (N // 20, N // 10, N - N // 20 - N // 10)
     if sum(sizes) > N or min(sizes) < 1:
@@ -75,6 +69,12 @@ def chains(
             f"{N} nodes are too few for splits of {sizes}: raise data.length or data.chains (chains per class), "
             'or take data.split="percent".'
         )
+    random = np.random.RandomState(seed)
+    nodes = random.uniform(-noise, noise, size=(n_classes, n_chains, length, n_features))
+    for k in range(n_classes):
+        nodes[k, :, 0, k] += 1
+    index = np.arange(N)
+    random.shuffle(index)
     train, valid, test = np.split(index[: sum(sizes)], np.cumsum(sizes)[:-1])
 
     senders = np.flatnonzero(np.arange(N) % length < length - 1)

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
 
 from deqjax.data.errors import DataError
@@ -61,6 +62,13 @@ def _unpack(path, directory, missing, sha256, url):
         raise DataError(f"{path} is damaged or not the archive of {url}: sha256 {digest}, expected {sha256}.")
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is damaged: it is no zip archive. Remove it to have it downloaded again from {url}.")
+    try:
+        _extract(path, directory, missing)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{path} is damaged: {error}. Remove it to have it downloaded again from {url}.") from error
+
+
+def _extract(path, directory, missing):
     with zipfile.ZipFile(path) as contents:
         places = {pathlib.PurePosixPath(name).name: name for name in contents.namelist()}
         if absent := [name for name in missing if name not in places]:

@@ -89,6 +89,8 @@ def check_graph(graph: Graph, name: str, n_classes: int | None = None) -> Graph:
             row = np.argwhere(~np.isfinite(values))[0]
             kind = "feature" if what == "nodes" else "edge weight"
             raise DataError(f"{name}: {kind} {tuple(map(int, row))} is {values[tuple(row)]}; replace what is missing first.")
+    if graph.nodes is not None and np.ndim(graph.nodes) != 2:
+        raise DataError(f"{name}: features of the shape {np.shape(graph.nodes)}, must be [{N}, F].")
     if graph.nodes is not None and len(graph.nodes) != N:
         raise DataError(f"{name}: features of {len(graph.nodes)} nodes for a graph of {N}.")
     _check_labels(graph, name, n_classes)
@@ -103,9 +105,8 @@ def _check_labels(graph, name, n_classes):
         raise DataError(f"{name}: labels of {len(labels)} nodes for a graph of {graph.n_nodes}.")
     if labels.ndim == 2:
         n_classes = 2
-    if n_classes is not None and labels.size and not (labels.min() >= 0 and labels.max() < n_classes):
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise DataError(f"{name}: label {wrong} is outside 0 to {n_classes - 1}.")
+    if n_classes is not None and (wrong := labels[~np.isin(labels, np.arange(n_classes))].tolist()):
+        raise DataError(f"{name}: label {wrong[0]} is outside 0 to {n_classes - 1}.")
 
 
 # Normalisations ------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def check_well_posed(graphs: Sequence[Graph], kappa: float, radius: float) -> No
                 f"not well-posed: kappa={kappa} is not below {radius / measured:.6g}, which is {radius:.6g} over "
                 f"{measured:.6g}, the spectral radius of graph {number}'s adjacency. W X A may then grow without bound and "
                 "the layer has no unique equilibrium. Lower kappa, normalise the adjacency, or leave the radius to be measured "
-                "(model.spectral_radius=None)."
+                "(model.spectral_radius = None in the config file)."
             )
 
 

@@ -48,12 +48,17 @@ def _split(directory, split):
             links = json.load(file)["links"]
         features, labels, graph_id = (np.load(path(f"{part}.npy")) for part in ("feats", "labels", "graph_id"))
         edges = np.array([(link["source"], link["target"]) for link in links], np.int64).reshape(-1, 2)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise DataError(f"{path('*')} cannot be read as PPI: {type(error).__name__}: {error}") from error
+    if (features.ndim, labels.ndim, graph_id.ndim) != (2, 2, 1):
+        shapes = features.shape, labels.shape, graph_id.shape
+        raise DataError(f"{path('*')}: features, labels and graph ids of the shapes {shapes}, must be [N, F], [N, C] and [N].")
+    if not len(graph_id):
+        raise DataError(f"{path('graph_id.npy')} is empty: there is no node.")
     if not len(features) == len(labels) == len(graph_id):
         raise DataError(f"{path('*')}: {len(features)} rows of features, {len(labels)} of labels, {len(graph_id)} graph ids.")
-    if edges.size and not (edges.min() >= 0 and edges.max() < len(graph_id)):
-        raise DataError(f"{path('graph.json')} links node {edges.max()}, but there are {len(graph_id)} nodes.")
+    if wrong := edges[(edges < 0) | (edges >= len(graph_id))].tolist():
+        raise DataError(f"{path('graph.json')} links node {wrong[0]}, but the nodes are 0 to {len(graph_id) - 1}.")
     graphs = []
     for tissue in np.unique(graph_id):
         index = np.flatnonzero(graph_id == tissue)

@@ -74,15 +74,18 @@ def read_tu(name: str, directory: str | os.PathLike) -> GraphSet:
                 raise DataError(f"{directory} lacks {path.name}, without which {name} cannot be read.")
             return None
         try:
-            return np.loadtxt(path, delimiter=",", dtype=np.float64, ndmin=2)
+            # Whole numbers, all of them: NaN is none, and 1.5 no label.
+            return np.loadtxt(path, delimiter=",", dtype=np.int64, ndmin=2)
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}") from error
 
-    edges = numbers("A").astype(np.int64) - 1
-    indicator = numbers("graph_indicator")[:, 0].astype(np.int64) - 1
+    edges = numbers("A") - 1
+    indicator = numbers("graph_indicator")[:, 0] - 1
     classes, labels = np.unique(numbers("graph_labels")[:, 0], return_inverse=True)
     node_labels = numbers("node_labels", required=False)
     n_nodes = len(indicator)
+    if not n_nodes:
+        raise DataError(f"{directory / f'{name}_graph_indicator.txt'} is empty: there is no node.")
     if edges.shape[1] != 2 or (edges.size and not (edges.min() >= 0 and edges.max() < n_nodes)):
         raise DataError(f"{directory / f'{name}_A.txt'}: the ends of edges must be some of the nodes 1 to {n_nodes}.")
     if np.any(np.diff(indicator) < 0) or not 0 <= indicator.min() <= indicator.max() < len(labels):
@@ -109,11 +112,9 @@ def read_tu(name: str, directory: str | os.PathLike) -> GraphSet:
 
 
 def _one_hot(labels):
-    first = labels.min(axis=0).astype(int)
-    width = labels.max(axis=0).astype(int) - first + 1
-    return np.concatenate(
-        [np.eye(w)[column.astype(int) - f] for column, f, w in zip(labels.T, first, width, strict=True)], axis=1
-    )
+    first = labels.min(axis=0)
+    width = labels.max(axis=0) - first + 1
+    return np.concatenate([np.eye(w)[column - f] for column, f, w in zip(labels.T, first, width, strict=True)], axis=1)
 
 
 def folds(labels: np.ndarray, n_folds: int = 10, seed: int = 42) -> list[np.ndarray]:

@@ -69,9 +69,12 @@ def test_components_are_the_parts_and_together_the_whole():
         ({"senders": np.array([0])}, "equally many"),
         ({"nodes": np.array([[1.0], [np.nan], [0.0]])}, r"feature \(1, 0\) is nan"),
         ({"nodes": np.ones((2, 1))}, "features of 2 nodes for a graph of 3"),
+        ({"nodes": np.ones(3)}, r"features of the shape \(3,\), must be \[3, F\]"),
         ({"weights": np.array([1.0, np.inf])}, r"edge weight \(1,\) is inf"),
         ({"labels": np.array([0, 1, 2])}, "label 2 is outside 0 to 1"),
         ({"labels": np.array([0, -1, 1])}, "label -1 is outside"),
+        ({"labels": np.array([0, 0.5, 1])}, "label 0.5 is outside"),
+        ({"labels": np.array([0, np.nan, 1])}, "label nan is outside"),
         ({"labels": np.array([0, 1])}, "labels of 2 nodes"),
         ({"labels": np.array([[0, 1], [1, 3], [0, 0]])}, "label 3 is outside 0 to 1"),
         ({"labels": 5}, "label 5 is outside"),
@@ -110,7 +113,17 @@ def test_chains_follow_their_rule_at_every_size():
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"length": 0}, {"n_classes": 1}, {"noise": -1.0}, {"n_features": 1}, {"length": 2, "n_chains": 20}, {"protocol": "all"}],
+    [
+        {"length": 0},
+        {"n_classes": 1},
+        {"noise": -1.0},
+        {"noise": np.nan},
+        {"n_features": 1},
+        {"length": 2, "n_chains": 20},
+        {"n_chains": -1},
+        {"n_chains": -1, "protocol": "percent"},
+        {"protocol": "all"},
+    ],
 )
 def test_impossible_chains_are_refused(sizes):
     with pytest.raises(DataError):
@@ -180,6 +193,10 @@ def test_tu_sets_are_read_and_their_faults_named(tmp_path):
         ("A", "1, 2\n2, 99\n", "must be some of the nodes 1 to 8"),
         ("A", "1, 2\n3, 4\n", "an edge joins two graphs"),
         ("A", "1, x\n", "TOY_A.txt is damaged"),
+        ("A", "1, nan\n", "TOY_A.txt is damaged"),
+        ("node_labels", "0\n0\n1\nnan\n1\n0\n1\n1\n", "TOY_node_labels.txt is damaged"),
+        ("graph_labels", "1\n1.5\n1\n", "TOY_graph_labels.txt is damaged"),
+        ("graph_labels", "1\n1\n1\n1\n", "graph 4 has no node"),
         ("graph_indicator", "1\n1\n1\n2\n2\n3\n3\n4\n", "must grow from 1 to 3"),
         ("node_labels", "0\n1\n", "2 lines for 8 nodes"),
     ):
@@ -221,6 +238,14 @@ def test_an_archive_in_the_folder_serves_in_place_of_a_download(tmp_path, monkey
     (target / "COX2.zip").write_text("not a zip")
     with pytest.raises(DataError, match="no zip archive"):
         tu("COX2", target)
+    with zipfile.ZipFile(target / "COX2.zip", "w") as archive:
+        for file in files:
+            archive.write(file, f"COX2/{file.name}")
+    damaged = (target / "COX2.zip").read_bytes().replace(b"1, 2", b"1, 3")
+    (target / "COX2.zip").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"COX2\.zip is damaged: Bad CRC-32 .* Remove it"):
+        tu("COX2", target)
+    assert [path.name for path in target.iterdir()] == ["COX2.zip"]
 
 
 def test_a_set_of_another_size_is_refused(tmp_path, monkeypatch):
@@ -277,14 +302,26 @@ def test_ppi_files_that_do_not_belong_together_are_refused(tmp_path):
     for part, content, message in (
         ("feats.npy", np.ones((4, 50)), "4 rows of features"),
         ("feats.npy", nan, r"graph 2: feature \(0, 7\) is nan"),
+        ("feats.npy", np.ones(5), r"must be \[N, F\]"),
+        ("labels.npy", np.zeros(5), r"must be \[N, F\], \[N, C\]"),
+        ("graph_id.npy", np.zeros(0, int), "is empty"),
         ("labels.npy", np.full((5, 121), 2), "label 2.0 is outside 0 to 1"),
+        ("labels.npy", np.full((5, 121), 0.5), "label 0.5 is outside 0 to 1"),
         ("graph_id.npy", np.array([1, 2, 1, 2, 2]), "do not stand together"),
     ):
         tiny_ppi(tmp_path)
         np.save(tmp_path / f"train_{part}", content)
         with pytest.raises(DataError, match=message):
             read_split(tmp_path, "train")
-    for text, message in (('{"links": [{"source": 0, "target": 9}]}', "links node 9"), ("{", "cannot be read as PPI")):
+    tiny_ppi(tmp_path)
+    (tmp_path / "train_feats.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="cannot be read as PPI"):
+        read_split(tmp_path, "train")
+    for text, message in (
+        ('{"links": [{"source": 0, "target": 9}]}', "links node 9"),
+        ('{"links": [{"source": -1, "target": 2}]}', "links node -1"),
+        ("{", "cannot be read as PPI"),
+    ):
         tiny_ppi(tmp_path)
         (tmp_path / "train_graph.json").write_text(text)
         with pytest.raises(DataError, match=message):
@@ -311,6 +348,7 @@ def test_amazon_is_read_and_its_faults_named(tmp_path):
     np.testing.assert_allclose(data.graph.adjacency().toarray()[3], [0, 0, 0, 1])
     for name, text, message in (
         ("adj_list", "1 1\n2 0 9\n1 1\n0", "receiver 9"),
+        ("adj_list", "1 1\n2 0 99999999999\n1 1\n0", "cannot be read"),
         ("adj_list", "1 1\n", "2 lines for 4 nodes"),
         ("label", "1 0\n0 1", r"\(2, 2\), meta.txt says \(4, 2\)"),
         ("label", "1 0\n0 7\n1 1\n0 0", "label 7 is outside"),

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from experiments import ignn_chain_lengths, ignn_graphs, ignn_nodes
 from experiments.graph_metrics import accuracy
 from experiments.ignn_graphs import GraphTask
 from experiments.ignn_nodes import SPLITS, Example, NodeTask, as_single
-from experiments.many_runs import without
+from experiments.many_runs import final_value, without
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CHAINS = {"data.length": 4, "model.n_hidden": 4, "steps": 4, "log_every": 2, "eval_every": 2, "checkpoint_every": 2}
@@ -134,6 +135,43 @@ def test_an_epoch_compiles_no_more_often_than_there_are_buckets():
     assert len({b["nodes"].shape for b in batches}) == 2 == update._cache_size()
 
 
+@pytest.mark.parametrize(
+    ("config", "extra", "message"),
+    [
+        ("ignn_chains.py", ["--mode=eval"], "should be one of <train>"),
+        ("ignn_ppi.py:synthetic", [], "takes a config of chains"),
+        ("ignn_mutag.py", [], "takes a config of chains"),
+        ("ignn_chains.py", ["--config.model.kappa=1.0"], "well-posed"),
+    ],
+)
+def test_a_sweep_trains_chains_and_nothing_else(config, extra, message, tmp_path, capsys):
+    assert ignn_chain_lengths.main(command(config, tmp_path, {}, *extra)) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert message in err and not list(tmp_path.glob("**/metrics.jsonl"))
+
+
+def test_a_sweep_without_matplotlib_keeps_its_numbers(tmp_path, monkeypatch, capsys):
+    settings = {**CHAINS, "steps": 2, "sweep.lengths": (2,), "sweep.seeds": (0,), "sweep.explicit_layers": ()}
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert ignn_chain_lengths.main(command("ignn_chains.py", tmp_path, {**settings, "explicit_layers": 1})) == 2
+    assert "deqjax[viz]" in capsys.readouterr().err and (tmp_path / "accuracy.json").is_file()
+
+
+@pytest.mark.parametrize("length", [1, 100, 1000])
+def test_a_solve_is_long_enough_for_any_chain(length):
+    config = ignn_chains.get_config()
+    config.data.length = length
+    assert config.deq.f_options.burn_in == 2 * length + 20 < config.deq.f_max_iter == config.deq.b_max_iter
+    assert ignn_chains.get_config("zoo").deq.f_max_iter == 40
+
+
+def test_radii_are_measured_where_the_config_gives_none():
+    config = ignn_chains.get_config()
+    config.update_from_flattened_dict({"data.length": 4, "model.spectral_radius": None})
+    radii = [example.graph.globals[0] for example in NodeTask(config).splits["train"]]
+    np.testing.assert_allclose(radii, 1.00001, rtol=1e-6)
+
+
 def test_every_graph_of_an_epoch_is_seen_once():
     task = small_ppi()
     seen = [int(task.batch(k)["n_edge"][0, 0]) for k in range(3)]
@@ -235,11 +273,19 @@ def test_published_configs_say_what_data_they_need(name, tmp_path, monkeypatch, 
         ("ignn_chains.py", {"model.kappa": 1.0}, "well-posed"),
         ("ignn_chains.py", {"model.spectral_radius": 0.5}, "not well-posed: kappa=0.9 is not below 0.5"),
         ("ignn_chains.py", {"data.name": "cora"}, "data.name='cora'"),
+        ("ignn_chains.py", {"model.network": "graphs"}, "experiments.ignn_graphs"),
+        ("ignn_amazon.py", {"model.network": "ppi"}, "have no features"),
+        ("ignn_amazon.py", {"data.batch_size": 2}, "are one graph"),
+        ("ignn_amazon.py", {"explicit_layers": 2}, "have no features"),
         ("ignn_chains.py", {"data.length": 0}, "length 0"),
         ("ignn_chains.py", {"data.classes": 200}, "200 classes"),
         ("ignn_chains.py", {"data.split": "half"}, "data.split='half'"),
         ("ignn_chains.py", {"data.select": "train"}, "data.select='train'"),
+        ("ignn_chains.py", {"deq.f_max_iter": 40}, "the solve of training ends after 40 steps"),
+        ("ignn_chains.py", {"deq.eval_f_max_iter": 30}, "the solve of evaluation ends after 30 steps"),
+        ("ignn_chains.py", {"deq.b_max_iter": 40}, "the solve of the gradient ends after 40 steps"),
         ("ignn_chains.py", {"clip_each": -1.0}, "clip_each=-1.0"),
+        ("ignn_chains.py", {"clip_each": "nan"}, "clip_each=nan"),
         ("ignn_chains.py", {"deq.n_state": 3}, "n_state"),
         ("ignn_demo_graphs.py", {"model.spectral_radius": 0.4}, "not well-posed"),
         ("ignn_demo_graphs.py", {"data.fold": 4, "data.folds": 4}, "data.fold=4"),
@@ -250,10 +296,17 @@ def test_published_configs_say_what_data_they_need(name, tmp_path, monkeypatch, 
     ],
 )
 def test_mistakes_are_explained_in_a_paragraph(config, settings, message, tmp_path, capsys):
-    main = ignn_nodes.main if config == "ignn_chains.py" else ignn_graphs.main
+    main = ignn_graphs.main if config == "ignn_demo_graphs.py" else ignn_nodes.main
     assert main(command(config, tmp_path, settings)) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert message in err and "Traceback" not in err
+
+
+def test_what_a_killed_run_left_behind_is_no_result(tmp_path):
+    assert final_value(tmp_path, "test/accuracy", 4) is None
+    whole = '{"step": 2, "test/accuracy": 0.5}\n{"step": 4, "test/accuracy": 0.75}\n{"step": 4, "valid/loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 6, "test/acc')
+    assert final_value(tmp_path, "test/accuracy", 4) == 0.75 and final_value(tmp_path, "test/accuracy", 6) is None
 
 
 def test_options_are_taken_out_of_a_command_line_in_both_their_forms():

@@ -323,6 +323,32 @@ def test_equilibrium_settings_without_use_are_refused(settings, message):
         IGNN(IGNNConfig(network="chains", **SIZES), DEQConfig(norm_type="none", **settings), nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_nodes": 0, "nodes": np.zeros((0, 3))}, "without nodes"),
+        ({"senders": [0, 3]}, "senders name node 3, but the nodes are 0 to 2"),
+        ({"receivers": [-1, 0]}, "receivers name node -1"),
+        ({"receivers": [0, 5_000_000_000]}, "receivers name node 5000000000"),
+        ({"senders": [0]}, "equally many"),
+        ({"nodes": np.ones((2, 3))}, r"\(2, 3\): must be \[3, features\]"),
+        ({"nodes": np.ones(3)}, r"\(3,\): must be"),
+        ({"nodes": np.full((3, 3), np.nan)}, "nodes hold NaN"),
+        ({"weights": [1.0, np.inf]}, "weights hold NaN or infinity"),
+    ],
+)
+def test_arrays_that_make_no_graph_are_refused(change, message):
+    good = dict(nodes=np.ones((3, 3)), senders=[0, 1], receivers=[1, 2], weights=[1.0, 1.0], n_nodes=3)
+    assert single(**good).n_edge == 2
+    with pytest.raises(ValueError, match=message):
+        single(**{**good, **change})
+
+
+def test_features_of_another_number_are_explained():
+    with pytest.raises(ValueError, match="nodes of 5 features for a network of n_features=3"):
+        apply(network(), stack([graph(0, features=5)], Bucket(8, 60)))
+
+
 def test_a_batch_without_radii_is_explained():
     bare = graph(0)._replace(globals=None)
     with pytest.raises(ValueError, match="no spectral radius"):

@@ -36,7 +36,11 @@ def single(nodes, senders, receivers, weights, n_nodes: int, radius: float | Non
       weights: `[E]`, the entries of the adjacency matrix.
       n_nodes: N.
       radius: spectral radius of the matrix of absolute weights, margin included; kept in `globals`.
+
+    Raises:
+      ValueError: arrays that do not belong together, numbers that are not finite, or an edge to a node that does not exist.
     """
+    _check_single(nodes, senders, receivers, weights, n_nodes)
     return GraphsTuple(
         nodes=nodes,
         edges=np.asarray(weights),
@@ -46,6 +50,23 @@ def single(nodes, senders, receivers, weights, n_nodes: int, radius: float | Non
         n_edge=np.array([len(senders)], np.int32),
         globals=None if radius is None else np.array([radius], np.asarray(weights).dtype),
     )
+
+
+def _check_single(nodes, senders, receivers, weights, n_nodes):
+    # No later step can: the kernels that sum over neighbours read whatever an index points to.
+    if n_nodes < 1:
+        raise ValueError("a graph without nodes: leave it out, there is nothing to compute on it.")
+    if nodes is not None and (np.ndim(nodes) != 2 or len(nodes) != n_nodes):
+        raise ValueError(f"nodes of the shape {np.shape(nodes)}: must be [{n_nodes}, features].")
+    sizes = len(senders), len(receivers), len(weights)
+    if len(set(sizes)) > 1:
+        raise ValueError(f"senders, receivers and weights must be equally many, they are {sizes}.")
+    for name, ends in (("senders", np.asarray(senders)), ("receivers", np.asarray(receivers))):
+        if wrong := ends[(ends < 0) | (ends >= n_nodes)].tolist():
+            raise ValueError(f"{name} name node {wrong[0]}, but the nodes are 0 to {n_nodes - 1}.")
+    for name, values in (("nodes", nodes), ("weights", weights)):
+        if values is not None and not np.all(np.isfinite(values)):
+            raise ValueError(f"{name} hold NaN or infinity; replace what is missing first.")
 
 
 def fit_buckets(graphs: Sequence[GraphsTuple], count: int = 4) -> list[Bucket]:
