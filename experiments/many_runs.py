@@ -1,8 +1,9 @@
 """Several runs of one experiment by one command, each in a folder of its own, finished ones left alone."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from deqjax.training.metrics import read_log
 
 
 def finish(
@@ -32,8 +33,8 @@ def finish(
 def final_value(folder: Path, metric: str, steps: int) -> float | None:
     """What a run found in its final evaluation after so many steps; None if it has not got there."""
     path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return next((line[metric] for line in reversed(lines) if metric in line and line["step"] >= steps), None)
+    entries = read_log(path) if path.is_file() else []
+    return next((values[metric] for step, values in reversed(entries) if metric in values and step >= steps), None)
 
 
 def without(argv: list[str], options) -> list[str]:

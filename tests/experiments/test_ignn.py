@@ -192,6 +192,8 @@ def test_folds_are_trained_in_turn_and_resumed(tmp_path, capsys):
     assert "3 folds: test accuracy" in out and out.count("Starting from scratch") == 3
     rates = {e["step"]: e["train/lr"] for e in lines(tmp_path / "fold-0") if "train/lr" in e}
     assert rates[4] == pytest.approx(rates[2] / 2)
+    with (tmp_path / "fold-1" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "te')  # as a machine that goes down leaves it
     assert ignn_graphs.main(argv) == 0
     again = capsys.readouterr().out
     assert "Starting" not in again and again.splitlines()[-1] == out.splitlines()[-1]
