@@ -124,10 +124,8 @@ class Checkpoints:
             meta = json.loads(path.read_text())
             if not is_intact(meta):
                 raise ValueError("its metadata have changed since they were written")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise self._damaged(step, error) from error
-        if "arrays" not in meta:
-            raise UserError(f"The checkpoint {path.parent.parent} is of an older version of deqjax. Choose another --workdir.")
         return meta
 
     def check_model(self, step: int, shapes: TrainState) -> dict:

@@ -96,6 +96,14 @@ def test_an_array_that_reads_well_but_is_another_is_noticed(tmp_path):
         load_params(tmp_path, 5)
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "{}", "1", '{"task": "tiny", "config": {}}'])
+def test_metadata_that_are_something_else_are_damaged(content, unbroken, tmp_path):
+    stopped(tmp_path, 5)
+    (tmp_path / "checkpoints" / "5" / "meta" / "metadata").write_text(content)
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert (tmp_path / "damaged" / "5").is_dir()
+
+
 def test_if_no_checkpoint_is_sound_the_run_does_not_start_over_by_itself(tmp_path):
     stopped(tmp_path, 5)
     for step in (4, 5):
