@@ -217,6 +217,24 @@ def test_data_that_disappear_cost_no_work(error, unbroken, tmp_path, monkeypatch
     assert lines(tmp_path) == lines(unbroken[1])
 
 
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_validation_data_that_disappear_are_evaluated_later(step, unbroken, tmp_path, monkeypatch):
+    original, evaluations = TinyTask.evaluate, iter(range(4, 100, 4))
+
+    def evaluate(self, model, split):
+        if next(evaluations) == step:
+            raise DataError("gone")
+        return original(self, model, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyTask, "evaluate", evaluate)
+        with pytest.raises(UserError, match=f"goes on from step {step}"):
+            train(tmp_path)
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+    assert Checkpoints(tmp_path).best_steps() == Checkpoints(unbroken[1]).best_steps()
+
+
 def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path, capsys):
     stopped(tmp_path, 5)
     changed = {"optimizer.learning_rate": 0.1, "seed": 4, "log_every": 2}
