@@ -149,6 +149,8 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
                     best, stale = (value, 0) if better else (best, stale + 1)
                     place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), program.shardings.step)  # noqa: E731
                     state = state.replace(best=place(best, state.best), stale=place(stale, state.stale))
+                elif result:
+                    say(f"config.best_metric={settings.best_metric!r} is not among these, so none is the best.")
                 at_end = at_end or 0 < settings.patience <= stale
             stopping = not at_end and stop.requested(step)
             due = settings.checkpoint_every and step % settings.checkpoint_every == 0

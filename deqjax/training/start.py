@@ -60,6 +60,10 @@ def _restore(task: Task, config: Mapping, checkpoints: Checkpoints, program: Pro
             )
 
     state, damaged = checkpoints.restore_first(checkpoints.steps()[::-1], program.shapes, program.shardings, check)
+    before, after = Settings.read(checkpoints.meta(int(state.step))["config"]), Settings.read(config)
+    if (before.best_metric, before.best_mode) != (after.best_metric, after.best_mode):
+        # What was best by another measure says nothing.
+        state = state.replace(best=jnp.full_like(state.best, after.worst), stale=jnp.zeros_like(state.stale))
     say(f"Restored step {int(state.step)} from {checkpoints.directory}.")
     return state, damaged
 

@@ -61,6 +61,18 @@ def test_a_run_that_gets_no_better_stops_early_and_stays_stopped(tmp_path, monke
     assert int(train(tmp_path, patience=9, eval_every=0).step) == 12
 
 
+def test_a_metric_that_is_not_there_is_named(tmp_path, capsys):
+    train(tmp_path, best_metric="los", patience=1)
+    assert "config.best_metric='los' is not among these" in capsys.readouterr().out
+
+
+def test_what_is_best_starts_anew_with_another_metric(tmp_path):
+    stopped(tmp_path, 9)
+    state = train(tmp_path, allow_changes=True, best_metric="mean", best_mode="max")
+    last = [entry["valid/mean"] for entry in lines(tmp_path) if "valid/mean" in entry][-1]
+    assert float(state.best) == pytest.approx(last) and int(state.stale) == 0
+
+
 def test_patience_survives_a_crash_between_evaluation_and_end(tmp_path, monkeypatch):
     settings = {"patience": 2, "eval_every": 2, "optimizer.learning_rate": 0.0, "noise": 0.0}
     unbroken = train(tmp_path / "unbroken", **settings)
@@ -150,7 +162,8 @@ def test_the_training_step_lowers_for_every_platform(shape):
 
 
 def test_settings_that_cannot_be_are_named(tmp_path):
-    for name, value in {"accumulate": 0, "ema": 1.0, "patience": -1, "log_every": 0, "best_mode": "mean"}.items():
+    settings = {"accumulate": 0, "ema": 1.0, "patience": -1, "log_every": 0, "checkpoint_every": -1, "best_mode": "mean"}
+    for name, value in settings.items():
         with pytest.raises(UserError, match=f"config.{name}="):
             loop.train(TinyTask(get_config()), get_config().to_dict() | {name: value}, tmp_path)
 
