@@ -91,7 +91,11 @@ class MetricWriter:
         except OSError as error:
             raise UserError(f"Cannot write to {self._file.name}, so the run stops here: {error.strerror}.") from error
         if self._run is not None:
-            self._run.log({"step": int(step), **numbers})
+            try:
+                self._run.log({"step": int(step), **numbers})
+            except Exception as error:  # as above
+                say(f"Weights & Biases is left out from step {step} on: {error}.")
+                self._run = None
 
     def close(self) -> None:
         for finish in [

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -127,6 +129,18 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     identity = (tmp_path / "wandb_id").read_text()
     assert all(identity in log.name for log in logs)
     assert b"train/loss" in b"".join(log.read_bytes() for log in logs)
+
+
+def test_a_service_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
+    class Run:
+        define_metric = finish = lambda self, *args, **options: None
+
+        def log(self, values):
+            raise RuntimeError("the service is gone")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: Run()))
+    assert int(train(tmp_path, wandb="deqjax").step) == 12
+    assert capsys.readouterr().out.count("Weights & Biases is left out from step 3 on: the service is gone") == 1
 
 
 def test_an_option_that_is_not_installed_says_so(tmp_path, monkeypatch):
