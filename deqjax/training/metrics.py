@@ -62,9 +62,9 @@ class MetricWriter:
             self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
         if wandb:
             module, identity = _optional("wandb", "config.wandb"), Path(workdir) / "wandb_id"
-            if not (identity.exists() and identity.read_text()):
-                identity.write_text(os.urandom(4).hex())
             try:
+                if not (identity.exists() and identity.read_text()):
+                    identity.write_text(os.urandom(4).hex())
                 self._run = module.init(
                     project=wandb,
                     dir=str(workdir),

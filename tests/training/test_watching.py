@@ -91,6 +91,12 @@ def test_a_profile_of_some_steps_is_written(tmp_path, capsys):
     assert list((tmp_path / "short" / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path, capsys):
+    (tmp_path / "profile").write_text("a file")
+    assert int(train(tmp_path, profile_steps=1).step) == 12
+    assert f"The trace could not be written to {tmp_path / 'profile'}" in capsys.readouterr().out
+
+
 def test_nothing_moves_between_host_and_device_unasked(tmp_path, monkeypatch):
     """The loop guards its step; here it is shown that the guard bites."""
     monkeypatch.setattr(loop, "place_batch", lambda mesh, batch: batch)
@@ -139,8 +145,12 @@ def test_a_service_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
             raise RuntimeError("the service is gone")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: Run()))
+    (tmp_path / "wandb_id").write_bytes(b"\xff")
+    assert int(train(tmp_path, wandb="deqjax", steps=3).step) == 3
+    assert "Weights & Biases is left out of this run" in capsys.readouterr().out
+    (tmp_path / "wandb_id").unlink()
     assert int(train(tmp_path, wandb="deqjax").step) == 12
-    assert capsys.readouterr().out.count("Weights & Biases is left out from step 3 on: the service is gone") == 1
+    assert capsys.readouterr().out.count("Weights & Biases is left out from step 4 on: the service is gone") == 1
 
 
 def test_an_option_that_is_not_installed_says_so(tmp_path, monkeypatch):
