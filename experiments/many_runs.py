@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.report import read_run
+from deqjax.training.metrics import read_log
 
 
 def finish(
@@ -32,12 +32,9 @@ def finish(
 
 def final_value(folder: Path, metric: str, steps: int) -> float | None:
     """What a run found in its final evaluation after so many steps; None if it has not got there."""
-    try:
-        curves, _ = read_run(folder)
-    except FileNotFoundError:
-        return None
-    found = list(zip(*curves.get(metric, ((), ())), strict=True))
-    return next((value for step, value in reversed(found) if step >= steps), None)
+    path = folder / "metrics.jsonl"
+    entries = read_log(path) if path.is_file() else []
+    return next((values[metric] for step, values in reversed(entries) if metric in values and step >= steps), None)
 
 
 def without(argv: list[str], options) -> list[str]:

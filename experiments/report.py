@@ -15,6 +15,8 @@ import os
 import sys
 from pathlib import Path
 
+from deqjax.training.metrics import read_log
+
 # Title, unit on the vertical axis, logarithmic?, and the metrics drawn: those that end in one of these names.
 PANELS = (
     ("loss", "", False, ("/loss",)),
@@ -38,22 +40,16 @@ def read_run(workdir: Path) -> tuple[Curves, dict]:
       FileNotFoundError: there is no `metrics.jsonl`.
     """
     curves: Curves = {}
-    # A run that is being written to, or was killed, may end in half a line.
-    for line in (workdir / "metrics.jsonl").read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            step = entry.pop("step")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
+    for step, entry in read_log(workdir / "metrics.jsonl"):
         for name, value in entry.items():
             steps, values = curves.setdefault(name, ([], []))
             steps.append(step)
-            values.append(float(value))
+            values.append(value)
     try:
-        config = json.loads((workdir / "config.json").read_text())
-    except (OSError, ValueError):
+        config = dict(_flat(json.loads((workdir / "config.json").read_text())))
+    except (OSError, ValueError, AttributeError):
         config = {}
-    return curves, dict(_flat(config))
+    return curves, config
 
 
 def _flat(config: dict, prefix: str = ""):

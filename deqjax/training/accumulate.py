@@ -9,6 +9,7 @@ from deqjax.training.state import kinds_of_state
 def accumulated(gradient, slices: int):
     """The gradient of a mean over rows from its gradients over slices of the batch.
 
+    Each slice weighs as much as it counts for the metric `loss`, where there is one: rows may be padding, or of many parts.
     A slice takes rows from every device's share, and the same rows of the batch variables. What the rows share in those
     is updated once per batch; all other variables, such as statistics, once per slice.
 
@@ -39,6 +40,10 @@ def accumulated(gradient, slices: int):
             totals, variables = carry
             (value, (metrics, updated)), (grads, measured) = one(variables, part)
             leave = lambda kind, x, new: x.at[part].set(new) if kind == "row" else new  # noqa: E731
+            # A mean over nothing is NaN, and has no weight.
+            count = jnp.asarray(metrics.get("loss", (0, 1))[1])
+            weigh = lambda x: jnp.where(count > 0, x * count.astype(x.dtype), 0)  # noqa: E731
+            value, grads = jax.tree.map(weigh, (value, grads))
             totals = jax.tree.map(jnp.add, totals, (value, metrics, grads, measured))
             return totals, jax.tree.map(leave, kinds, variables, updated)
 
@@ -49,7 +54,8 @@ def accumulated(gradient, slices: int):
         totals, variables = jax.lax.fori_loop(0, slices, visit, (zeros, variables))
         value, metrics, grads, measured = totals
         variables = jax.tree.map(lambda kind, x: join(x) if kind == "row" else x, kinds, variables)
-        value, grads = jax.tree.map(lambda x: x / slices, (value, grads))
+        total = metrics.get("loss", (0, slices))[1]
+        value, grads = jax.tree.map(lambda x: x / jnp.asarray(total, x.dtype), (value, grads))
         return (value, (metrics, variables)), (grads, measured)
 
     return run

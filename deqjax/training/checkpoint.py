@@ -82,7 +82,7 @@ class Checkpoints:
     def _value(self, step):
         """What a checkpoint is ranked by, less is better; None if it was not evaluated or by another metric."""
         try:
-            value = self.meta(step).get("evaluation", {}).get(self._metric)
+            value = (self.meta(step)["evaluation"] or {}).get(self._metric)
         except DamagedCheckpoint:
             return None
         return None if value is None else self._sign * value
@@ -90,13 +90,19 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, meta: dict, evaluation: dict[str, float] | None = None) -> None:
         """Starts to save; an earlier checkpoint goes only after this one is committed.
 
+        Args:
+          step: nothing is done if it is saved already; but one without an evaluation is replaced by one that has it.
+          state: the training state.
+          meta: to be kept beside it.
+          evaluation: the metrics of the validation; None if there was none.
+
         Raises:
           UserError: this save or the one before failed, most likely for want of space.
         """
-        if step in self._manager.all_steps():
+        again = step in self._manager.all_steps()
+        if again and not (evaluation and self.meta(step)["evaluation"] is None):
             return
-        evaluation = evaluation or {}
-        if self._metric in evaluation:
+        if evaluation and self._metric in evaluation:
             self._values[step] = self._sign * evaluation[self._metric]
         # The running sums are few and change with what a task reports, so they travel outside the checked structure.
         sums = {name: [float(x) for x in pair] for name, pair in jax.device_get(state.sums).items()}
@@ -105,6 +111,8 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(nested), "meta": ocp.args.JsonSave(meta)}
         try:
             self._manager.wait_until_finished()
+            if again:
+                self._manager.delete(step)
             self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError, RuntimeError) as error:
             raise self._save_failed(error) from error
@@ -124,10 +132,8 @@ class Checkpoints:
             meta = json.loads(path.read_text())
             if not is_intact(meta):
                 raise ValueError("its metadata have changed since they were written")
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise self._damaged(step, error) from error
-        if "arrays" not in meta:
-            raise UserError(f"The checkpoint {path.parent.parent} is of an older version of deqjax. Choose another --workdir.")
         return meta
 
     def check_model(self, step: int, shapes: TrainState) -> dict:

@@ -50,9 +50,9 @@ def sealed(meta: dict) -> dict:
     return meta | {"seal": _seal(meta)}
 
 
-def is_intact(meta: dict) -> bool:
-    """Whether sealed metadata are as they were written."""
-    return "seal" not in meta or meta["seal"] == _seal({name: value for name, value in meta.items() if name != "seal"})
+def is_intact(meta) -> bool:
+    """Whether this, read as JSON, is sealed metadata as they were written."""
+    return isinstance(meta, dict) and meta.get("seal") == _seal({name: x for name, x in meta.items() if name != "seal"})
 
 
 def _seal(meta) -> int:

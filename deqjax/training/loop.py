@@ -67,6 +67,8 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
         about = meta(task, config)
         write_config(about["config"], workdir)
         first_step = step = int(state.step)
+        # Of a run that stopped because its validation data could not be read.
+        owed = step in checkpoints.steps() and checkpoints.meta(step)["evaluation"] is None
         best, stale = float(state.best), int(state.stale)
 
         # Step function -----------------------------------------------------------------------------------------------
@@ -132,9 +134,9 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
 
         while True:
             # Evaluate and save before the next batch is taken: state, clock and data position agree.
-            moved, evaluation = step > first_step, {}
+            moved, evaluation = step > first_step, None
             at_end = step >= settings.steps or 0 < settings.patience <= stale
-            if moved and (at_end or (settings.eval_every and step % settings.eval_every == 0)):
+            if (moved or owed) and (at_end or (settings.eval_every and step % settings.eval_every == 0)):
                 log_pending()
                 with progress.pause(), reading_data():
                     result = task.evaluate(program.model(state), "valid") or {}
@@ -147,11 +149,13 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
                     best, stale = (value, 0) if better else (best, stale + 1)
                     place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), program.shardings.step)  # noqa: E731
                     state = state.replace(best=place(best, state.best), stale=place(stale, state.stale))
+                elif result:
+                    say(f"config.best_metric={settings.best_metric!r} is not among these, so none is the best.")
                 at_end = at_end or 0 < settings.patience <= stale
             stopping = not at_end and stop.requested(step)
             due = settings.checkpoint_every and step % settings.checkpoint_every == 0
-            improved = settings.best_metric in evaluation and stale == 0
-            if moved and (due or improved or at_end or stopping):
+            improved = evaluation and settings.best_metric in evaluation and stale == 0
+            if (moved or evaluation) and (due or improved or at_end or stopping):
                 save(evaluation)
             if at_end or stopping:
                 break

@@ -62,9 +62,9 @@ class MetricWriter:
             self._events = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
         if wandb:
             module, identity = _optional("wandb", "config.wandb"), Path(workdir) / "wandb_id"
-            if not (identity.exists() and identity.read_text()):
-                identity.write_text(os.urandom(4).hex())
             try:
+                if not (identity.exists() and identity.read_text()):
+                    identity.write_text(os.urandom(4).hex())
                 self._run = module.init(
                     project=wandb,
                     dir=str(workdir),
@@ -79,20 +79,23 @@ class MetricWriter:
                 say(f"Weights & Biases is left out of this run: {error}. WANDB_MODE=offline needs no network.")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line. JSON has no infinities, so numbers that are not finite are written as strings."""
+        """One line."""
         if self._file is None:
             return
         numbers = {name: float(value) for name, value in values.items()}
-        line = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         try:
-            self._file.write(json.dumps({"step": int(step), **line}) + "\n")
+            self._file.write(_line(int(step), numbers))
             if self._events is not None:
                 for name, value in numbers.items():
                     self._events.add_scalar(name, value, int(step))
         except OSError as error:
             raise UserError(f"Cannot write to {self._file.name}, so the run stops here: {error.strerror}.") from error
         if self._run is not None:
-            self._run.log({"step": int(step), **numbers})
+            try:
+                self._run.log({"step": int(step), **numbers})
+            except Exception as error:  # as above
+                say(f"Weights & Biases is left out from step {step} on: {error}.")
+                self._run = None
 
     def close(self) -> None:
         for finish in [
@@ -113,20 +116,32 @@ def _optional(module: str, setting: str):
         raise UserError(f'{setting} needs {module}: pip install "deqjax[log]", or switch it off.') from error
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drops lines past `step`, damaged ones, and test results, which every finished run writes anew."""
+def read_log(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """The lines of a `metrics.jsonl`, as `(step, values)`.
+
+    Damaged ones are left out: a run that is being written to, or was killed, may end in half a line.
+    """
+    entries = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            values = json.loads(line)
+            step = int(values.pop("step"))
+            entries.append((step, {name: float(value) for name, value in values.items()}))
+    return entries
+
+
+def _line(step: int, values: Mapping[str, float]) -> str:
+    """JSON has no infinities, so numbers that are not finite are written as strings."""
+    return json.dumps({"step": step} | {name: x if math.isfinite(x) else str(x) for name, x in values.items()}) + "\n"
+
+
+def _keep_until(path: Path, last: int) -> None:
+    """Drops lines past a step, damaged ones, and test results, which every finished run writes anew."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-            if entry["step"] <= step and not any(name.startswith("test/") for name in entry):
-                kept.append(line + "\n")
-        except (ValueError, TypeError, KeyError):
-            continue
+    is_kept = lambda step, values: step <= last and not any(name.startswith("test/") for name in values)  # noqa: E731
     replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(kept))
+    replacement.write_text("".join(_line(*entry) for entry in read_log(path) if is_kept(*entry)))
     os.replace(replacement, path)
 
 

@@ -27,9 +27,13 @@ class Profile:
 
     def _stop(self):
         if self._running:
-            jax.profiler.stop_trace()
             self._running = False
-            say(f"Wrote a trace to {self._folder}: tensorboard --logdir {self._folder}")
+            try:
+                jax.profiler.stop_trace()
+            except (RuntimeError, OSError) as error:  # what only watches a run must not end it
+                say(f"The trace could not be written to {self._folder}: {error}.")
+            else:
+                say(f"Wrote a trace to {self._folder}: tensorboard --logdir {self._folder}")
 
     def __enter__(self) -> "Profile":
         return self

@@ -1,6 +1,7 @@
 """What the training loop reads from a config, with defaults: a config need only name what it changes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,9 +52,10 @@ class Settings:
         if config.get("steps") is None:
             raise UserError("The config lacks config.steps, the number of updates of the whole run.")
         settings = cls(**{name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None})
-        least = {"steps": 0, "log_every": 1, "eval_every": 0, "keep": 0, "patience": 0, "max_bad_steps": 0, "accumulate": 1}
+        least = {"steps": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "keep": 0, "patience": 0}
+        least |= {"max_bad_steps": 0, "accumulate": 1}
         for name, minimum in least.items():
-            if getattr(settings, name) < minimum:
+            if (getattr(settings, name) or 0) < minimum:
                 raise UserError(f"config.{name}={getattr(settings, name)}: must be {minimum} or more.")
         if not 0 <= settings.ema < 1:
             raise UserError(f"config.ema={settings.ema}: must be 0 (none) or a decay below 1, such as 0.999.")
@@ -62,6 +64,11 @@ class Settings:
         if settings.checkpoint_every is None:
             settings = dataclasses.replace(settings, checkpoint_every=settings.eval_every)
         return settings
+
+    @property
+    def worst(self) -> float:
+        """What every value of the metric is better than."""
+        return math.inf if self.best_mode == "min" else -math.inf
 
     @classmethod
     def defaults(cls) -> dict:

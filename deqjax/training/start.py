@@ -48,11 +48,11 @@ def _restore(task: Task, config: Mapping, checkpoints: Checkpoints, program: Pro
         if saved["task"] != now["task"]:
             raise UserError(f"{where} is of the task {saved['task']}, not {now['task']}. Choose another --workdir.")
         _check_data(checkpoints, step, now)
-        checkpoints.check_model(step, program.shapes)
         differing = changes(saved["config"], now["config"], getattr(task, "free_to_change", ()))
-        for text, allowed in differing:
-            if allowed or allow_changes:
-                say(f"  {text}")
+        for text, _ in differing:
+            say(f"  {text}")
+        # Another model cannot go on whatever is allowed.
+        checkpoints.check_model(step, program.shapes)
         if refused := [text for text, allowed in differing if not allowed and not allow_changes]:
             raise UserError(
                 f"{where} was made with another config: {'; '.join(refused)}. Choose another --workdir, or go on with the "
@@ -60,6 +60,10 @@ def _restore(task: Task, config: Mapping, checkpoints: Checkpoints, program: Pro
             )
 
     state, damaged = checkpoints.restore_first(checkpoints.steps()[::-1], program.shapes, program.shardings, check)
+    before, after = Settings.read(checkpoints.meta(int(state.step))["config"]), Settings.read(config)
+    if (before.best_metric, before.best_mode) != (after.best_metric, after.best_mode):
+        # What was best by another measure says nothing.
+        state = state.replace(best=jnp.full_like(state.best, after.worst), stale=jnp.zeros_like(state.stale))
     say(f"Restored step {int(state.step)} from {checkpoints.directory}.")
     return state, damaged
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -53,7 +52,6 @@ def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
     Without a batch there will be no training: no metrics, no optimiser, and memories need not be shared out.
     """
     seed, training = int(config["seed"]), batch is not None
-    best = np.inf if config.get("best_mode", "min") == "min" else -np.inf
     optimizer = build_optimizer(config["optimizer"], getattr(task, "tied_updates", ())) if training else optax.identity()
     settings = Settings.read(config) if training else None
     new_model = lambda: task.model(nnx.Rngs(seed))  # noqa: E731
@@ -73,7 +71,8 @@ def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
 
     def create() -> TrainState:
         _, params, _, variables = nnx.split(new_model(), nnx.Param, AdjointProbe, ...)
-        return TrainState.create(params, variables, optimizer, metric_names, best, training and settings.ema > 0)
+        best, ema = (settings.worst, settings.ema > 0) if training else (0.0, False)
+        return TrainState.create(params, variables, optimizer, metric_names, best, ema)
 
     shapes, layout = jax.eval_shape(create), getattr(task, "layout", ())
     shardings = state_shardings(mesh, shapes, layout) if training else jax.tree.map(lambda _: replicated(mesh), shapes)

@@ -46,7 +46,9 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nnx.Module, batch: dict, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:
-        """The scalar to minimise, and metrics as `{name: (sum, count)}`.
+        """The scalar to minimise, a mean over the batch, and metrics as `{name: (sum, count)}`.
+
+        The count of the metric `loss` says over how much it is a mean: `config.accumulate` weighs slices by it.
 
         May update variables of the model that are not parameters (memories, statistics), keeping shapes and dtypes.
         """

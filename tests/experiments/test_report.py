@@ -39,6 +39,18 @@ def test_one_run_reports_into_its_own_directory(tmp_path):
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.parametrize("config", ["{torn", "[1]", "null"])
+def test_damaged_lines_and_settings_are_left_out(config, tmp_path):
+    write(tmp_path / "run", 1.0)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(
+            '\n{"step": 1, "train/loss": null}\n{"step": "x", "train/loss": 1}\n{"step": 2, "train/loss": {}}\n[1]\nnull\n'
+        )
+    (tmp_path / "run" / "config.json").write_text(config)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "<td>train/loss</td><td>0.0052632 (step 190); 0.005263 to 0.1</td>" in (tmp_path / "run" / "report.html").read_text()
+
+
 @pytest.mark.parametrize("content", [None, ""])
 def test_a_directory_without_metrics_is_a_sentence(content, tmp_path, capsys):
     if content is not None:

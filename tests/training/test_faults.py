@@ -96,6 +96,14 @@ def test_an_array_that_reads_well_but_is_another_is_noticed(tmp_path):
         load_params(tmp_path, 5)
 
 
+@pytest.mark.parametrize("content", ["null", "[]", "{}", "1", '{"task": "tiny", "config": {}}'])
+def test_metadata_that_are_something_else_are_damaged(content, unbroken, tmp_path):
+    stopped(tmp_path, 5)
+    (tmp_path / "checkpoints" / "5" / "meta" / "metadata").write_text(content)
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert (tmp_path / "damaged" / "5").is_dir()
+
+
 def test_if_no_checkpoint_is_sound_the_run_does_not_start_over_by_itself(tmp_path):
     stopped(tmp_path, 5)
     for step in (4, 5):
@@ -207,6 +215,24 @@ def test_data_that_disappear_cost_no_work(error, unbroken, tmp_path, monkeypatch
     assert committed_steps(tmp_path)[-1] == 7
     assert_equal_states(train(tmp_path), unbroken[0])
     assert lines(tmp_path) == lines(unbroken[1])
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_validation_data_that_disappear_are_evaluated_later(step, unbroken, tmp_path, monkeypatch):
+    original, evaluations = TinyTask.evaluate, iter(range(4, 100, 4))
+
+    def evaluate(self, model, split):
+        if next(evaluations) == step:
+            raise DataError("gone")
+        return original(self, model, split)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyTask, "evaluate", evaluate)
+        with pytest.raises(UserError, match=f"goes on from step {step}"):
+            train(tmp_path)
+    assert_equal_states(train(tmp_path), unbroken[0])
+    assert lines(tmp_path) == lines(unbroken[1])
+    assert Checkpoints(tmp_path).best_steps() == Checkpoints(unbroken[1]).best_steps()
 
 
 def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path, capsys):

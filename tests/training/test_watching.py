@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -61,6 +63,18 @@ def test_a_run_that_gets_no_better_stops_early_and_stays_stopped(tmp_path, monke
     assert int(train(tmp_path, patience=9, eval_every=0).step) == 12
 
 
+def test_a_metric_that_is_not_there_is_named(tmp_path, capsys):
+    train(tmp_path, best_metric="los", patience=1)
+    assert "config.best_metric='los' is not among these" in capsys.readouterr().out
+
+
+def test_what_is_best_starts_anew_with_another_metric(tmp_path):
+    stopped(tmp_path, 9)
+    state = train(tmp_path, allow_changes=True, best_metric="mean", best_mode="max")
+    last = [entry["valid/mean"] for entry in lines(tmp_path) if "valid/mean" in entry][-1]
+    assert float(state.best) == pytest.approx(last) and int(state.stale) == 0
+
+
 def test_patience_survives_a_crash_between_evaluation_and_end(tmp_path, monkeypatch):
     settings = {"patience": 2, "eval_every": 2, "optimizer.learning_rate": 0.0, "noise": 0.0}
     unbroken = train(tmp_path / "unbroken", **settings)
@@ -75,6 +89,12 @@ def test_a_profile_of_some_steps_is_written(tmp_path, capsys):
     assert "Wrote a trace" in capsys.readouterr().out
     train(tmp_path / "short", steps=4, profile_steps=100)
     assert list((tmp_path / "short" / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_that_cannot_be_written_costs_no_run(tmp_path, capsys):
+    (tmp_path / "profile").write_text("a file")
+    assert int(train(tmp_path, profile_steps=1).step) == 12
+    assert f"The trace could not be written to {tmp_path / 'profile'}" in capsys.readouterr().out
 
 
 def test_nothing_moves_between_host_and_device_unasked(tmp_path, monkeypatch):
@@ -117,6 +137,22 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     assert b"train/loss" in b"".join(log.read_bytes() for log in logs)
 
 
+def test_a_service_that_fails_costs_no_run(tmp_path, monkeypatch, capsys):
+    class Run:
+        define_metric = finish = lambda self, *args, **options: None
+
+        def log(self, values):
+            raise RuntimeError("the service is gone")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: Run()))
+    (tmp_path / "wandb_id").write_bytes(b"\xff")
+    assert int(train(tmp_path, wandb="deqjax", steps=3).step) == 3
+    assert "Weights & Biases is left out of this run" in capsys.readouterr().out
+    (tmp_path / "wandb_id").unlink()
+    assert int(train(tmp_path, wandb="deqjax").step) == 12
+    assert capsys.readouterr().out.count("Weights & Biases is left out from step 4 on: the service is gone") == 1
+
+
 def test_an_option_that_is_not_installed_says_so(tmp_path, monkeypatch):
     import sys
 
@@ -150,7 +186,8 @@ def test_the_training_step_lowers_for_every_platform(shape):
 
 
 def test_settings_that_cannot_be_are_named(tmp_path):
-    for name, value in {"accumulate": 0, "ema": 1.0, "patience": -1, "log_every": 0, "best_mode": "mean"}.items():
+    settings = {"accumulate": 0, "ema": 1.0, "patience": -1, "log_every": 0, "checkpoint_every": -1, "best_mode": "mean"}
+    for name, value in settings.items():
         with pytest.raises(UserError, match=f"config.{name}="):
             loop.train(TinyTask(get_config()), get_config().to_dict() | {name: value}, tmp_path)
 
