@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from deqjax.core.annotations import Array
+from deqjax.core.annotations import Array, ArrayLike
 from deqjax.core.gradients import Gradient, Phantom
 from deqjax.core.implicit import Implicit
 from deqjax.core.naming import did_you_mean
@@ -152,7 +152,7 @@ class DEQConfig:
             )
         return budget
 
-    def training_options(self, step: Array | int) -> dict:
+    def training_options(self, step: ArrayLike) -> dict:
         """What changes in the course of training, as `solver_options` of one call."""
         if self.f_tol_start is None:
             return {}
