@@ -108,11 +108,6 @@ def write_after(
     return write(history, slot, select(never_B, jax.tree.map(jnp.zeros_like, state), state))
 
 
-def read(history: PyTree[Inexact[Array, "B M ..."]], slot: Int[Array, ""]) -> State:
-    """The state in the given slot."""
-    return jax.tree.map(lambda h: jax.lax.dynamic_index_in_dim(h, slot, axis=1, keepdims=False), history)
-
-
 def coefficients(history: PyTree[Inexact[Array, "B M ..."]], state: State) -> Inexact[Array, "B M"]:
     """Inner products of every stored state with `state`: `[B, M]`."""
     dtype = accumulation_dtype(state)
