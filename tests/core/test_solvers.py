@@ -125,14 +125,14 @@ def test_broydens_inverse_maps_the_last_change_to_the_last_step(memory):
     f = lambda z: jnp.cos(2 * z[:, ::-1]) + x
     solver = Broyden(max_steps=20, memory=memory, line_search="sample")
     z, state = x, solver.init(x)
-    checked = 0
+    checked, previous = 0, x
     for _ in range(12):
         z_next, state = solver.step(f, z, f(z), state)
         if state.used > 1:
             checked += 1
-            ds, dg = z - previous, (f(z) - z) - (f(previous) - previous)  # noqa: F821
+            ds, dg = z - previous, (f(z) - z) - (f(previous) - previous)
             np.testing.assert_allclose(jnp.sum(inverse_transposed(state, c) * dg, 1), jnp.sum(c * ds, 1), rtol=1e-6)
-        previous, z = z, z_next  # noqa: F841
+        previous, z = z, z_next
     assert checked >= 6
 
 

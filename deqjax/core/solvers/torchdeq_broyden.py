@@ -1,13 +1,13 @@
 """Broyden's method as TorchDEQ limits its memory: a sum of rank-one terms, of which the newest replaces the oldest."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from deqjax.core import batched
-from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.broyden import Broyden
 from deqjax.core.solvers.line_search import step_length
 
 
@@ -20,7 +20,7 @@ class _State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TorchDEQBroyden(Solver):
+class TorchDEQBroyden(Broyden):
     """Quasi-Newton root finding for g(z) = f(z) - z with H = -I + sum_j u_j v_j^T, for `preset="torchdeq"`.
 
     After a step dz with change dg of the residual: v = H^T dz, u = (dz - H dg) / (v . dg), and the next direction is
@@ -29,18 +29,9 @@ class TorchDEQBroyden(Solver):
 
     Attributes:
       memory: rank-one terms kept; None keeps one for every step.
-      line_search: as in `Broyden`.
     """
 
     memory: int | None = None
-    line_search: str | None = None
-
-    candidate: ClassVar[str] = "point"
-
-    def __post_init__(self):
-        super().__post_init__()
-        require(self.memory is None or self.memory >= 1, "memory", self.memory, "None, or 1 or more")
-        require(self.line_search in (None, "sample", "batch"), "line_search", self.line_search, 'None, "sample" or "batch"')
 
     def init(self, z):
         longest = max(1, self.max_steps - 1)
