@@ -17,11 +17,13 @@ class Budget:
 
     Attributes:
       memory: of Anderson and Broyden; None leaves each library its own defaults, damping and regularisation included.
+      batch_axis: of this library: 0 solves every sample for itself, None sees one problem.
     """
 
     steps: int
     tol: float = 0.0
     memory: int | None = 6
+    batch_axis: int | None = 0
 
 
 def jax_solvers(budget: Budget) -> dict[tuple[str, str], Callable]:
@@ -50,7 +52,8 @@ def _deqjax(budget):
 
     def with_solver(solver):
         rule = deqjax.Implicit(solver=solver, polish=False)
-        return lambda f, start: deqjax.fixed_point(f, start, solver=solver, gradient=rule).value
+        options = {"solver": solver, "gradient": rule, "batch_axis": budget.batch_axis}
+        return lambda f, start: deqjax.fixed_point(f, start, **options).value
 
     return {name: with_solver(solver) for name, solver in solvers.items()}
 

@@ -15,6 +15,8 @@ class Problem:
       steps: how many evaluations a solve takes here, or takes at most.
       weights: NumPy arrays.
       in_jax, in_torch, in_numpy: from weights (arrays of the framework) to f, a function of the list of leaves.
+      samples: "own way": this library and TorchDEQ solve every sample for itself, the JAX peers see the batch as one problem;
+        "each": the peers too solve every sample for itself, by `jax.vmap`; "one": this library too sees one problem.
     """
 
     shapes: tuple
@@ -23,6 +25,7 @@ class Problem:
     in_jax: Callable
     in_torch: Callable
     in_numpy: Callable | None = None
+    samples: str = "own way"
 
 
 def problems() -> dict[str, Problem]:
@@ -31,7 +34,8 @@ def problems() -> dict[str, Problem]:
         "tanh [32, 4096]": _tanh(32, 4096, 20),
         "transformer [8, 256, 512]": _transformer(8, 256, 512, 8),
         "multiscale block, two scales": _multiscale(8, 32, 32, 12),
-        "tiny [8192, 16]": _tanh(8192, 16, 40),
+        "tiny [8192, 16], each for itself": dataclasses.replace(_tanh(8192, 16, 40), samples="each"),
+        "tiny [8192, 16], as one problem": dataclasses.replace(_tanh(8192, 16, 40), samples="one"),
     }
 
 

@@ -10,6 +10,7 @@ repeats after a warm-up. The maps are in `benchmarks.problems`, the libraries in
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -28,7 +29,7 @@ def equal_steps(problem, threads):
     from benchmarks.peers import Budget, jax_solvers, torchdeq_solvers
 
     weights, start = _in_jax(problem)
-    budget = Budget(problem.steps)
+    budget = Budget(problem.steps, batch_axis=None if problem.samples == "one" else 0)
 
     def bare(weights):
         f = problem.in_jax(weights)
@@ -36,7 +37,8 @@ def equal_steps(problem, threads):
 
     runs = {("bare f", "", "forward"): bare}
     for (library, method), solve in jax_solvers(budget).items():
-        forward = lambda weights, solve=solve: solve(problem.in_jax(weights), start)  # noqa: E731
+        apart = problem.samples == "each" and library != "deqjax"
+        forward = functools.partial(_vmapped if apart else _whole, problem, solve, start)
         runs[library, method, "forward"] = forward
         if library == "deqjax":
             loss = lambda weights, forward=forward: sum(jnp.sum(z) for z in forward(weights))  # noqa: E731
@@ -48,7 +50,8 @@ def equal_steps(problem, threads):
         compiled = jax.jit(run).lower(weights).compile()
         compile_seconds[key] = time.perf_counter() - began
         calls[key] = lambda compiled=compiled: jax.block_until_ready(compiled(weights))
-    theirs = torchdeq_solvers(budget)
+    # It has no other way than sample by sample.
+    theirs = torchdeq_solvers(budget) if problem.samples != "one" else {}
     weights_there, start_there = _in_torch(problem, threads) if theirs else (None, None)
     for method, solve in theirs.items():
 
@@ -60,6 +63,18 @@ def equal_steps(problem, threads):
         for mode in MODES:
             calls["torchdeq", method, mode] = lambda call=call, mode=mode: call(mode == MODES[1])
     return calls, compile_seconds
+
+
+def _whole(problem, solve, start, weights):
+    return solve(problem.in_jax(weights), start)
+
+
+def _vmapped(problem, solve, start, weights):
+    """Every sample a problem of its own, for libraries that know only one."""
+    import jax
+
+    own = lambda z, x: solve(problem.in_jax(weights | {"x": x[None]}), [z[None]])[0][0]  # noqa: E731
+    return [jax.vmap(own)(start[0], weights["x"])]
 
 
 def equal_accuracy(problem, threads):
