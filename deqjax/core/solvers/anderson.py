@@ -13,11 +13,14 @@ from deqjax.core.solvers.base import Solver, require
 
 
 class _State(NamedTuple):
+    """The evaluations before the present one, at most N = memory - 1 of them: a step combines them with the present one, which
+    then takes the place of the oldest."""
+
     count: jax.Array  # evaluations so far
-    images: Any  # [B, M, ...] past f(x)
-    residuals: Any  # [B, M, ...] past f(x) - x
-    gram: jax.Array  # [M, M, B] their inner products, updated a row at a time
-    kept: jax.Array  # [B, M] slots in use
+    images: Any  # [B, N, ...] past f(x)
+    residuals: Any  # [B, N, ...] past f(x) - x
+    gram: jax.Array  # [N, N, B] their inner products, updated a row at a time
+    kept: jax.Array  # [B, N] slots in use
     lowest: jax.Array  # [B] smallest residual so far
 
 
@@ -56,67 +59,84 @@ class Anderson(Solver):
         require(self.ridge_mode in ("relative", "absolute"), "ridge_mode", self.ridge_mode, '"relative" or "absolute"')
 
     def init(self, z):
-        M = self.memory
+        N = self.memory - 1
         zeros = jnp.zeros_like(batched.norm(z))
-        images, residuals = batched.new_history(z, M), batched.new_history(z, M)
-        per_slot = jnp.repeat(zeros[None], M, axis=0)
-        gram = jnp.repeat(per_slot[None], M, axis=0)
+        images, residuals = batched.new_history(z, N), batched.new_history(z, N)
+        per_slot = jnp.repeat(zeros[None], N, axis=0)
+        gram = jnp.repeat(per_slot[None], N, axis=0)
         return _State(jnp.zeros((), jnp.int32), images, residuals, gram, per_slot.T != 0, zeros + jnp.inf)
 
     def step(self, f, z, f_z, state):
-        slot = state.count % self.memory
+        if self.memory == 1:
+            # Nothing to combine.
+            mixed = batched.mix(z, f_z, jnp.where(state.count > 0, self.damping, 1.0))
+            return mixed, state._replace(count=state.count + 1)
+        oldest = state.count % (self.memory - 1)
         residual = batched.subtract(f_z, z)
         kept, lowest = state.kept, state.lowest
         if self.safeguard is not None:
             size = batched.norm(residual)
             kept = kept & (size <= self.safeguard * lowest)[:, None]
             lowest = jnp.minimum(lowest, size)
-        kept = kept.at[:, slot].set(True)
         if self.kind == "II":
-            row = batched.coefficients(state.residuals, residual).at[:, slot].set(batched.inner(residual, residual))
-            gram = state.gram.at[slot].set(row.T).at[:, slot].set(row.T)
-            alpha = self._least_squares(gram, kept.T, slot).T
+            row = batched.coefficients(state.residuals, residual).T
+            corner = batched.inner(residual, residual)
+            weights = self._least_squares(state.gram, row, corner, kept.T, oldest).T
+            gram = state.gram.at[oldest].set(row).at[:, oldest].set(row).at[oldest, oldest].set(corner)
         else:
-            images, residuals = batched.write(state.images, slot, f_z), batched.write(state.residuals, slot, residual)
             # Only differences of points matter; taken from the present one they keep their digits.
-            offsets = jax.tree.map(lambda i, r, x: i - r - x[:, None], images, residuals, z)
-            gram, alpha = state.gram, self._orthogonal(batched.products(offsets, residuals), kept)
+            offsets = jax.tree.map(lambda i, r, x: i - r - x[:, None], state.images, state.residuals, z)
+            products = batched.products(offsets, state.residuals), batched.coefficients(offsets, residual)
+            gram, weights = state.gram, self._orthogonal(*products, kept)
 
-        # The newest evaluation is combined from where it is, and written last: see `batched.write_after`.
-        newest, older = alpha[:, slot], alpha.at[:, slot].set(0)
-        combined = batched.add_scaled(batched.combine(state.images, older), newest, f_z)
+        newest = 1 - jnp.sum(weights, axis=1)
+        combined = batched.add_scaled(batched.combine(state.images, weights), newest, f_z)
         if not (isinstance(self.damping, (int, float)) and self.damping == 1):
             # The first step has nothing to combine; it goes to f(z) as it is.
-            pull = jnp.where(state.count > 0, 1 - jnp.asarray(self.damping, alpha.dtype), 0)
-            pulled = batched.add_scaled(batched.combine(state.residuals, older), newest, residual)
+            pull = jnp.where(state.count > 0, 1 - jnp.asarray(self.damping, weights.dtype), 0)
+            pulled = batched.add_scaled(batched.combine(state.residuals, weights), newest, residual)
             combined = batched.add_scaled(combined, -pull * jnp.ones_like(newest), pulled)
-        images = batched.write_after(combined, state.images, slot, f_z)
-        residuals = batched.write_after(combined, state.residuals, slot, residual)
-        return combined, _State(state.count + 1, images, residuals, gram, kept, lowest)
+        images = batched.write_after(combined, state.images, oldest, f_z)
+        residuals = batched.write_after(combined, state.residuals, oldest, residual)
+        return combined, _State(state.count + 1, images, residuals, gram, kept.at[:, oldest].set(True), lowest)
 
-    def _least_squares(self, gram, kept, slot):
-        """Type II: alpha [M, B], zero in slots not in use, from gram [M, M, B] and kept [M, B].
+    def _least_squares(self, gram, row, corner, kept, oldest):
+        """Type II: the weights of the older evaluations [N, B], zero in slots not in use; the present one has the rest.
 
-        The constraint is built in: alpha = (1 - sum(gamma)) in the newest slot and gamma in the older ones, which leaves an
-        unconstrained least-squares problem in the differences to the newest residual.
+        That builds the constraint in and leaves an unconstrained least-squares problem in the differences to the newest
+        residual.
+
+        Args:
+          gram: of the older residuals [N, N, B].
+          row: their inner products with the newest [N, B].
+          corner: its own with itself [B].
+          kept: slots in use [N, B].
+          oldest: the slot of the oldest.
         """
-        M = self.memory
-        by_age = (slot + 1 + jnp.arange(M, dtype=slot.dtype)) % M
-        gram, kept = gram[by_age][:, by_age], kept[by_age]
-        scale, ridge = self._scale(jnp.stack([gram[i, i] for i in range(M)]), kept, axis=0)
-        unit = jnp.eye(M, dtype=gram.dtype)[:, :, None]
-        gram = gram / scale[None, None] + ridge * unit
-        older, newest, corner = gram[:-1, :-1], gram[-1, :-1], gram[-1, -1]
-        system = older - newest[None] - newest[:, None] + corner[None, None]
+        N = self.memory - 1
+        by_age = (oldest + jnp.arange(N, dtype=oldest.dtype)) % N
+        gram, row, kept = gram[by_age][:, by_age], row[by_age], kept[by_age]
+        diagonal = jnp.stack([*(gram[i, i] for i in range(N)), corner])
+        scale, ridge = self._scale(diagonal, jnp.concatenate([kept, jnp.ones_like(kept[:1])]), axis=0)
+        unit = jnp.eye(N, dtype=gram.dtype)[:, :, None]
+        gram, row, corner = gram / scale[None, None] + ridge * unit, row / scale[None], corner / scale + ridge
+        system = gram - row[None] - row[:, None] + corner[None, None]
         # A slot left out has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
-        in_use = kept[:-1]
-        system = jnp.where(in_use[None] & in_use[:, None], system, unit[:-1, :-1])
-        gamma = solve_positive(system, jnp.where(in_use, corner[None] - newest, 0))
-        alpha = jnp.concatenate([gamma, 1 - jnp.sum(gamma, axis=0, keepdims=True)])
-        return alpha[(jnp.arange(M, dtype=slot.dtype) - slot - 1) % M]
+        system = jnp.where(kept[None] & kept[:, None], system, unit)
+        gamma = solve_positive(system, jnp.where(kept, corner[None] - row, 0))
+        return gamma[(jnp.arange(N, dtype=oldest.dtype) - oldest) % N]
 
-    def _orthogonal(self, products, kept):
-        """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system; alpha [B, M]."""
+    def _orthogonal(self, products, with_newest, kept):
+        """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system; the weights of the older ones [B, N].
+
+        Args:
+          products: of the older points with the older residuals [B, N, N].
+          with_newest: with the newest residual [B, N]. The newest point is the origin, so its own products are zero.
+          kept: slots in use [B, N].
+        """
+        both = jnp.concatenate([products, with_newest[:, :, None]], axis=2)
+        products = jnp.concatenate([both, jnp.zeros_like(both[:, :1])], axis=1)
+        kept = jnp.concatenate([kept, jnp.ones_like(kept[:, :1])], axis=1)
         products = jnp.where(kept[:, :, None] & kept[:, None, :], products, 0)
         scale, ridge = self._scale(jnp.abs(jnp.diagonal(products, axis1=1, axis2=2)), kept, axis=1)
         # Near a solution of a contraction these products are negative definite, so that is the sign of the ridge.
@@ -126,7 +146,7 @@ class Anderson(Solver):
         top = jnp.concatenate([corner, border[:, None, :]], axis=2)
         bordered = jnp.concatenate([top, jnp.concatenate([border[:, :, None], system], axis=2)], axis=1)
         one = jnp.zeros_like(bordered[:, 0]).at[:, 0].set(1)
-        return jnp.linalg.solve(bordered, one[..., None])[:, 1:, 0]
+        return jnp.linalg.solve(bordered, one[..., None])[:, 1:-1, 0]
 
     def _scale(self, diagonal, kept, axis):
         """What to divide a matrix by, per sample [B], and the ridge to add to it then."""
