@@ -1,6 +1,7 @@
 """Compiled programs are kept, so that a restart does not compile them again."""
 
 import contextlib
+import importlib.util
 import zlib
 from pathlib import Path
 
@@ -37,14 +38,21 @@ def kept_in(workdir):
 def _drop_torn(folder: Path) -> None:
     """Removes the newest program if a kill in the middle of writing cut it short: JAX would not write it again."""
     newest = max(folder.glob("*-cache"), key=lambda path: path.stat().st_mtime_ns, default=None)
-    content = b"" if newest is None else newest.read_bytes()
+    if newest is not None and not _is_whole(newest.read_bytes()):
+        newest.unlink()
+
+
+def _is_whole(program: bytes) -> bool:
+    """JAX compresses with zstandard where that is installed, and else with zlib."""
+    decompress, damaged = zlib.decompress, zlib.error
+    if importlib.util.find_spec("zstandard"):
+        zstandard = importlib.import_module("zstandard")
+        decompress, damaged = zstandard.ZstdDecompressor().decompress, zstandard.ZstdError
     try:
-        # JAX compresses with zlib, or with zstandard where that is installed.
-        if not content.startswith(b"\x28\xb5\x2f\xfd"):
-            zlib.decompress(content)
-    except zlib.error:
-        if newest is not None:
-            newest.unlink()
+        decompress(program)
+    except damaged:
+        return False
+    return True
 
 
 def _use(folder, seconds):

@@ -31,9 +31,10 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> Mesh:
     if shape.count(-1) == 1 and 0 not in shape:
         shape[shape.index(-1)] = max(len(devices) // -math.prod(shape), 1)
     if math.prod(shape) != len(devices) or min(shape) < 1:
+        found = "is 1 device" if len(devices) == 1 else f"are {len(devices)} devices"
         asked = ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
         raise UserError(
-            f"config.mesh asks for {asked}, but there are {len(devices)} devices: the sizes must multiply to that. "
+            f"config.mesh asks for {asked}, but there {found}: the sizes must multiply to that. "
             "Give one of them as -1 and it takes what is left."
         )
     # Auto is passed always: with explicit axes, gathers and loop carries in ordinary model code fail.

@@ -42,7 +42,8 @@ class MetricWriter:
     def __init__(self, workdir, start_step: int = 0, tensorboard: bool = False, wandb: str = "", config: Mapping | None = None):
         """Args:
         workdir: the run's directory.
-        start_step: where the run goes on from; later lines are dropped, for they will be written again.
+        start_step: where the run goes on from; later lines are dropped, for they will be written again. The log of a run
+          that begins anew is kept beside it.
         tensorboard: write events to `workdir/tensorboard` (needs tensorboardX).
         wandb: Weights & Biases project; empty: none.
         config: what to show there as the run's settings.
@@ -55,6 +56,8 @@ class MetricWriter:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if start_step == 0 and path.exists():
+            os.replace(path, path.with_name("metrics.before.jsonl"))
         _keep_until(path, start_step)
         self._file = path.open("a", buffering=1)
         if tensorboard:

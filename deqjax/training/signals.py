@@ -1,6 +1,8 @@
 """Stopping a run from outside without losing its work."""
 
+import os
 import signal
+import sys
 
 import jax
 
@@ -28,6 +30,8 @@ class StopFlag:
         if self._caught == signal.SIGINT == number:
             raise KeyboardInterrupt
         self._caught = number
+        # Not by print, which the signal may have interrupted.
+        os.write(sys.stderr.fileno(), f"{self.name}: stopping after this step; Ctrl-C stops at once.\n".encode())
 
     def requested(self, step: int) -> bool:
         """Whether to stop before step `step`."""

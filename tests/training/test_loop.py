@@ -1,6 +1,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 
@@ -44,6 +45,17 @@ def test_stopping_anywhere_and_going_on_changes_nothing(unbroken, tmp_path):
         file.write('{"step": 9, "train/loss": 1.0}\n{"step": 10, "tra')
     assert_equal_states(train(tmp_path), unbroken[0])
     assert lines(tmp_path) == lines(unbroken[1])
+
+
+def test_the_log_outlives_its_checkpoints(tmp_path):
+    train(tmp_path, steps=4)
+    before = lines(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(tmp_path, steps=5)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.before.jsonl").read_text().splitlines()] == [
+        entry["step"] for entry in before
+    ]
+    assert lines(tmp_path)[-1]["step"] == 5
 
 
 def test_a_killed_process_resumes_bit_for_bit(unbroken, tmp_path):
