@@ -18,16 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from configs import pydoc
 from deqjax.models.transformer import Memory
-from deqjax.training import loop
 from deqjax.training.checkpoint import Checkpoints, committed_steps, load_arrays
-from deqjax.training.mesh import make_mesh, place_batch
+from deqjax.training.mesh import place_batch
 from deqjax.training.state import named_leaves
 from deqjax.training.step import prepare, step_function
 from experiments import deq_lm
 from experiments.deq_lm import LanguageModelTask, main
 from tests.training.collectives import collectives
 from tests.training.lowering import lowers_everywhere
-from tests.training.meshes import compiled_step, loss_and_gradient, mesh_of
+from tests.training.meshes import assert_a_run_moves, assert_meshes_agree, compiled_step, mesh_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -199,11 +198,7 @@ RECIPES = {"deq-seq": CALM | {"deq.f_max_iter": 12}, "deq-lm": UNROLLED | {"deq.
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_mesh_computes_what_one_device_does(recipe, corpus):
     task = small_task(corpus, **SGD, **RECIPES[recipe], **{"model.div_val": 2})
-    expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
-    for shape in ((4, 2, 1), (2, 2, 2)):
-        for path, array in loss_and_gradient(task, mesh_of(shape)).items():
-            scale = np.max(np.abs(expected[path]), initial=1e-2)
-            np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-5 * scale, err_msg=f"{shape} {'/'.join(path)}")
+    assert_meshes_agree(task, ((4, 2, 1), (2, 2, 2)))
 
 
 def test_a_solve_on_many_devices_talks_once_per_check_and_twice_per_evaluation(corpus):
@@ -249,21 +244,7 @@ def test_training_and_evaluation_lower_for_every_platform(shape, corpus):
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_two_to_one(corpus, tmp_path, monkeypatch):
     task = small_task(corpus, **RECIPES["deq-seq"], **{"ema": 0.5})
-
-    def train(workdir, sizes, steps):
-        count = int(np.prod(list(sizes.values())))
-        for module in (loop, deq_lm):
-            monkeypatch.setattr(module, "make_mesh", lambda _: make_mesh(sizes, jax.devices()[:count]))
-        task.config.steps = steps
-        return loop.train(task, task.config, workdir)
-
-    expected = train(tmp_path / "unbroken", {"data": 8}, 6)
-    for sizes, steps in (({"data": 2, "fsdp": 2, "model": 2}, 2), ({"fsdp": 2}, 4), ({"data": 1}, 6)):
-        moved = train(tmp_path / "moved", sizes, steps)
-    for name in ("train/loss", "valid/loss"):
-        ours, theirs = ([e[name] for e in lines(tmp_path / run) if name in e] for run in ("moved", "unbroken"))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
-    assert int(moved.step) == int(expected.step) == 6
+    assert_a_run_moves(task, (deq_lm,), tmp_path, monkeypatch, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -1,20 +1,17 @@
 """Graph experiments on meshes, on platforms that are not here, and on fewer devices than they began with."""
 
-import jax
-import numpy as np
 import pytest
 from flax import nnx
 
 from configs import ignn_chains, ignn_demo_graphs
-from deqjax.training import loop
-from deqjax.training.mesh import make_mesh, place_batch, place_whole
+from deqjax.training.mesh import place_batch, place_whole
 from deqjax.training.step import prepare, step_function
 from experiments import ignn_nodes
 from experiments.ignn_graphs import GraphTask
 from experiments.ignn_nodes import NodeTask
-from tests.experiments.test_ignn import CHAINS, GRAPHS, lines, small_ppi
+from tests.experiments.test_ignn import CHAINS, GRAPHS, small_ppi
 from tests.training.lowering import lowers_everywhere
-from tests.training.meshes import loss_and_gradient, mesh_of
+from tests.training.meshes import assert_a_run_moves, assert_meshes_agree, mesh_of
 
 # The gradient stays in the momentum.
 SGD = {"optimizer.name": "sgd", "optimizer.weight_decay": 0.0}
@@ -46,12 +43,8 @@ TASKS = {"chains": chains, "graphs": graphs, "ppi": ppi}
 @pytest.mark.parametrize("name", TASKS)
 def test_every_mesh_computes_what_one_device_does(name):
     task = TASKS[name]()
-    expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
     # Five solves take long to compile.
-    for shape in ((2, 2, 2),) if name == "ppi" else ((8, 1, 1), (4, 2, 1), (2, 2, 2)):
-        for path, array in loss_and_gradient(task, mesh_of(shape)).items():
-            scale = np.max(np.abs(expected[path]), initial=1e-2)
-            np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-5 * scale, err_msg=f"{shape} {'/'.join(path)}")
+    assert_meshes_agree(task, ((2, 2, 2),) if name == "ppi" else ((8, 1, 1), (4, 2, 1), (2, 2, 2)))
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -69,18 +62,4 @@ def test_training_and_evaluation_lower_for_every_platform(name, shape):
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_two_to_one(tmp_path, monkeypatch):
     task = chains(**{"eval_every": 2, "checkpoint_every": 2, "log_every": 1})
-
-    def train(workdir, sizes, steps):
-        count = int(np.prod(list(sizes.values())))
-        for module in (loop, ignn_nodes):
-            monkeypatch.setattr(module, "make_mesh", lambda _: make_mesh(sizes, jax.devices()[:count]))
-        task.config.steps = steps
-        return loop.train(task, task.config, workdir)
-
-    expected = train(tmp_path / "unbroken", {"data": 8}, 6)
-    for sizes, steps in (({"data": 2, "fsdp": 2, "model": 2}, 2), ({"fsdp": 2}, 4), ({"data": 1}, 6)):
-        moved = train(tmp_path / "moved", sizes, steps)
-    for name in ("train/loss", "valid/loss"):
-        ours, theirs = ([e[name] for e in lines(tmp_path / run) if name in e] for run in ("moved", "unbroken"))
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
-    assert int(moved.step) == int(expected.step) == 6
+    assert_a_run_moves(task, (ignn_nodes,), tmp_path, monkeypatch, rtol=1e-4)

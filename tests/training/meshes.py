@@ -1,11 +1,13 @@
-"""One training step of a task on a mesh, for comparison with the same step on one device."""
+"""A task on many devices computes what it does on one: a training step, and a run that moves between meshes."""
 
 import jax
 import numpy as np
 
+from deqjax.training import loop
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import named_leaves
 from deqjax.training.step import Program, prepare, step_function
+from tests.training.runs import lines
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (2, 2, 2)]
 
@@ -35,3 +37,37 @@ def loss_and_gradient(task, mesh) -> dict[tuple, np.ndarray]:
     everything = {"sums": sums, "norm": report["grad_norm"], "gradient": after.opt, "variables": after.variables}
     arrays = named_leaves(everything)
     return {path: np.asarray(x) for path, x in arrays.items() if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)}
+
+
+def assert_meshes_agree(task, shapes, tol: float = 2e-5) -> None:
+    """Metrics, gradient and variables of a step on every mesh are those on one device, up to `tol` of each array's largest."""
+    expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
+    for shape in shapes:
+        for path, array in loss_and_gradient(task, mesh_of(shape)).items():
+            scale = np.max(np.abs(expected[path]), initial=1e-2)
+            np.testing.assert_allclose(array, expected[path], rtol=0, atol=tol * scale, err_msg=f"{shape} {'/'.join(path)}")
+
+
+def assert_a_run_moves(task, modules, tmp_path, monkeypatch, rtol: float) -> None:
+    """Six steps that go from eight devices to two to one leave the log of six steps on eight.
+
+    Args:
+      task: whose config evaluates, saves and logs often enough.
+      modules: those, beside the loop, that call `make_mesh`.
+      rtol: of the losses.
+    """
+
+    def train(workdir, sizes, steps):
+        count = int(np.prod(list(sizes.values())))
+        for module in (loop, *modules):
+            monkeypatch.setattr(module, "make_mesh", lambda _: make_mesh(sizes, jax.devices()[:count]))
+        task.config.steps = steps
+        return loop.train(task, task.config, workdir)
+
+    expected = train(tmp_path / "unbroken", {"data": 8}, 6)
+    for sizes, steps in (({"data": 2, "fsdp": 2, "model": 2}, 2), ({"fsdp": 2}, 4), ({"data": 1}, 6)):
+        moved = train(tmp_path / "moved", sizes, steps)
+    for name in ("train/loss", "valid/loss"):
+        ours, theirs = ([e[name] for e in lines(tmp_path / run) if name in e] for run in ("moved", "unbroken"))
+        np.testing.assert_allclose(ours, theirs, rtol=rtol)
+    assert int(moved.step) == int(expected.step) == 6
