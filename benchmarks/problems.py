@@ -33,7 +33,8 @@ def problems() -> dict[str, Problem]:
     return {
         "tanh [32, 4096]": _tanh(32, 4096, 20),
         "transformer [8, 256, 512]": _transformer(8, 256, 512, 8),
-        "multiscale block, two scales": _multiscale(8, 32, 32, 12),
+        "MDEQ's block, two scales": _multiscale(8, 32, 32, 12, expansion=5),
+        "MDEQ's block, not expanded": _multiscale(8, 32, 32, 12, expansion=1),
         "tiny [8192, 16], each for itself": dataclasses.replace(_tanh(8192, 16, 40), samples="each"),
         "tiny [8192, 16], as one problem": dataclasses.replace(_tanh(8192, 16, 40), samples="one"),
     }
@@ -135,14 +136,16 @@ def _transformer(batch, length, width, steps, heads=8):
     return Problem(((batch, length, width),), steps, weights, in_jax, in_torch)
 
 
-def _multiscale(batch, size, channels, steps, groups=8):
-    """The block of MDEQ at two resolutions: residual units with the injection, then their fusion. JAX has channels last."""
-    random = np.random.default_rng(2)
-    kernels = {f"{name}_{scale}": 3 for scale in ("high", "low") for name in ("first", "second")} | {"down": 3, "up": 1}
-    weights = {
-        name: _normal(random, width, width, channels, channels, scale=(width * width * channels) ** -0.5)
-        for name, width in kernels.items()
-    }
+def _multiscale(batch, size, channels, steps, expansion, groups=8):
+    """The block of MDEQ at two resolutions: residual units with the injection, then their fusion. JAX has channels last.
+
+    The published models expand the channels inside a unit by 5.
+    """
+    random, inner = np.random.default_rng(2), expansion * channels
+    kernels = {"down": (3, 3, channels, channels), "up": (1, 1, channels, channels)}
+    for scale in ("high", "low"):
+        kernels |= {f"first_{scale}": (3, 3, channels, inner), f"second_{scale}": (3, 3, inner, channels)}
+    weights = {name: _normal(random, *shape, scale=np.prod(shape[:3]) ** -0.5) for name, shape in kernels.items()}
     shapes = ((batch, size, size, channels), (batch, size // 2, size // 2, channels))
     weights |= {"x_high": _normal(random, *shapes[0]), "x_low": _normal(random, *shapes[1])}
 
