@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.lm_step import peak_memory
 from deqjax.data.ppi import SPLITS, synthetic_ppi
+from deqjax.training.errors import UserError
 from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import count_parameters
@@ -74,7 +75,10 @@ def main():
     parser.add_argument("--links", type=int, default=32_000)
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
-    config = load_config(options.config)
+    try:
+        config = load_config(options.config)
+    except UserError as error:
+        parser.error(str(error))
     config.model.aggregation = options.aggregation
     config.model.n_hidden = options.hidden or config.model.n_hidden
     config.data.buckets = 2

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from deqjax.data.text import EOS, TextCorpus, Vocabulary
+from deqjax.training.errors import UserError
 from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import count_parameters
@@ -71,7 +72,10 @@ def main():
     parser.add_argument("--dtype", help="of the solve, e.g. bfloat16")
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args()
-    config = load_config(options.config)
+    try:
+        config = load_config(options.config)
+    except UserError as error:
+        parser.error(str(error))
     config.data.batch_size, config.data.length, config.model.dtype = options.batch, options.length, options.dtype
     config.data.eval_batch_size = 1  # nothing is evaluated
     device = jax.devices()[0]

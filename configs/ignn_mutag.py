@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.init_power_iters = 20
     config.model.aggregation = "auto"
     config.explicit_layers = 0  # T: a graph convolutional network of T layers instead
+    config.export_path = "ignn_graphs.safetensors"
 
     config.deq = ml_collections.ConfigDict()
     config.deq.core = "sliced"

@@ -4,8 +4,8 @@
     python -m experiments.ignn_graphs --config configs/ignn_mutag.py --mode folds
 
 Modes: train (and resume) one fold, `config.data.fold`; eval; folds (trains all of them, each in a folder of its own under
---workdir, and prints mean and standard deviation). `config.explicit_layers=T` trains a graph convolutional network of T
-layers instead.
+--workdir, and prints mean and standard deviation); export (the weights as a state dict, to `config.export_path`).
+`config.explicit_layers=T` trains a graph convolutional network of T layers instead.
 """
 
 import sys
@@ -25,6 +25,7 @@ from deqjax.training.errors import UserError
 from deqjax.training.main import parse, run
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
+from experiments.graph_checkpoints import export_weights, import_weights
 from experiments.graph_metrics import accuracy, vitals
 from experiments.ignn_nodes import as_single, graphs_of
 from experiments.many_runs import finish
@@ -36,7 +37,7 @@ class GraphTask:
     """What the training loop needs to know about graph classification."""
 
     name = "ignn_graphs"
-    modes = ("train", "eval", "folds")
+    modes = ("train", "eval", "folds", "export")
 
     def __init__(self, config, graph_set=None):
         """Reads or generates the data that the config names, unless it is given.
@@ -95,6 +96,12 @@ class GraphTask:
         labels[: len(chosen)] = self.labels[chosen]
         arrays = {name: array for name, array in batch._asdict().items() if array is not None}
         return arrays | {"labels": labels, "counted": np.arange(n_rows) < len(chosen)}
+
+    def import_checkpoint(self, path: str, model: nnx.Module) -> None:
+        import_weights(path, model)
+
+    def export(self, model: nnx.Module) -> str:
+        return export_weights(self.config.export_path, model)
 
     def loss(self, model: nnx.Module, batch, key, step):
         """Mean cross entropy over the graphs of the batch."""
@@ -165,6 +172,7 @@ def _check_settings(config) -> None:
         ("data.batch_size", data.batch_size, 1),
         ("data.buckets", data.buckets, 1),
         ("explicit_layers", config.explicit_layers, 0),
+        ("data.data_seed", data.data_seed, 0),
     ):
         if value < least:
             raise ValueError(f"{name}={value}: must be {least} or more.")

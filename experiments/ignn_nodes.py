@@ -18,16 +18,14 @@ from flax import nnx
 
 from deqjax.data.amazon import amazon
 from deqjax.data.chains import chains
-from deqjax.data.errors import DataError
 from deqjax.data.graphs import Graph, check_well_posed, components, with_radius
 from deqjax.data.ppi import ppi, synthetic_ppi
-from deqjax.interop.ignn import export_ignn, load_ignn
-from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.ignn import GCN, IGNN, GraphsTuple, IGNNConfig, alone, choose_bucket, fit_buckets, pad_rows, single, stack
 from deqjax.nn.clipping import clip_gradient
 from deqjax.nn.config import DEQConfig
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
+from experiments.graph_checkpoints import export_weights, import_weights
 from experiments.graph_metrics import accuracy, f1_scores, label_counts, most_probable, vitals
 
 SPLITS = ("train", "valid", "test")
@@ -59,7 +57,6 @@ class NodeTask:
         self.config = config
         _check_settings(config)
         self.deq = DEQConfig.from_config(config.deq)
-        _check_burn_in(self.deq)
         self.splits = read(config) if splits is None else splits
         example = self.splits["train"][0]
         # Labels of a node are one class or a set.
@@ -114,19 +111,11 @@ class NodeTask:
         return arrays | {"labels": pad_rows(labels, n_node, n_rows), "counted": pad_rows(counted, n_node, n_rows)}
 
     def import_checkpoint(self, path: str, model: nnx.Module) -> None:
-        """Published weights: a `.pth`, `.pt` or `.safetensors` state dict."""
-        if self.config.explicit_layers:
-            raise DataError(f"{path}: published weights are of implicit networks; set explicit_layers=0.")
-        load_ignn(model, read_checkpoint(path))
+        import_weights(path, model)
 
     def export(self, model: nnx.Module) -> str:
-        """Writes the weights under TorchDEQ's names; `.safetensors`, or `.pth` with PyTorch installed."""
-        if self.config.explicit_layers:
-            raise DataError("an explicit network has no published form to be exported in.")
         n_nodes = sum(int(example.graph.n_node.sum()) for example in self.splits["train"])
-        state_dict = export_ignn(model, n_nodes)
-        write_checkpoint(self.config.export_path, state_dict)
-        return f"Wrote {len(state_dict)} tensors to {self.config.export_path}."
+        return export_weights(self.config.export_path, model, n_nodes)
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -274,24 +263,10 @@ def _check_settings(config) -> None:
         ("data.buckets", data.buckets, 1),
         ("explicit_layers", config.explicit_layers, 0),
         ("clip_each", config.clip_each, 0),
+        ("data.data_seed", data.get("data_seed", 0), 0),
     ):
         if not value >= least:  # NaN is refused, too
             raise ValueError(f"{name}={value}: must be {least} or more.")
-
-
-def _check_burn_in(deq: DEQConfig) -> None:
-    """Raises ValueError if a solve would end before any of its iterates counts, and hand back what it began with."""
-    forward, backward = deq.f_options.get("burn_in", 0), deq.b_options.get("burn_in", 0)
-    for name, burn_in, steps in (
-        ("training", forward, deq.f_max_iter),
-        ("evaluation", forward, deq.eval_budget()),
-        ("the gradient", backward, deq.b_max_iter),
-    ):
-        if burn_in >= max(steps, 1):
-            raise ValueError(
-                f"the solve of {name} ends after {steps} steps, but none of its first {burn_in} counts (burn_in): raise "
-                "f_max_iter, eval_f_max_iter or b_max_iter, or lower burn_in."
-            )
 
 
 def main(argv=None):

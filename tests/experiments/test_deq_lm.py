@@ -1,6 +1,5 @@
 """The language-model experiment, through its command line."""
 
-import json
 import os
 import pathlib
 import resource
@@ -27,6 +26,7 @@ from experiments.deq_lm import LanguageModelTask, main
 from tests.training.collectives import collectives
 from tests.training.lowering import lowers_everywhere
 from tests.training.meshes import assert_a_run_moves, assert_meshes_agree, compiled_step, mesh_of
+from tests.training.runs import lines
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -81,11 +81,6 @@ def small_task(corpus, **changed):
     for key, value in {**SMALL, "data.dir": str(corpus), **changed}.items():
         config.update_from_flattened_dict({key: value})
     return LanguageModelTask(config)
-
-
-def lines(workdir):
-    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if not k.startswith("time/")} for entry in entries]
 
 
 def test_trains_resumes_evaluates_and_generates(corpus, tmp_path, capsys):

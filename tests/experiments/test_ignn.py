@@ -10,15 +10,17 @@ import pytest
 from flax import nnx
 
 from configs import ignn_chains, ignn_demo_graphs, ignn_ppi
+from deqjax.data.errors import DataError
 from deqjax.data.ppi import synthetic_ppi
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.step import prepare, step_function
 from experiments import ignn_chain_lengths, ignn_graphs, ignn_nodes
 from experiments.graph_metrics import accuracy
 from experiments.ignn_graphs import GraphTask
-from experiments.ignn_nodes import SPLITS, Example, NodeTask, as_single
+from experiments.ignn_nodes import SPLITS, Example, NodeTask, as_single, graphs_of
 from experiments.many_runs import final_value, without
 from tests.training.meshes import loss_and_gradient, mesh_of
+from tests.training.runs import lines
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CHAINS = {"data.length": 4, "model.n_hidden": 4, "steps": 4, "log_every": 2, "eval_every": 2, "checkpoint_every": 2}
@@ -29,11 +31,6 @@ GRAPHS |= {"steps": 4, "log_every": 2, "eval_every": 2, "checkpoint_every": 2}
 def command(config, workdir, settings, *extra):
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     return ["ignn", f"--config={CONFIGS / config}", *flags, f"--workdir={workdir}", *extra]
-
-
-def lines(workdir):
-    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in entry.items() if not k.startswith("time/")} for entry in entries]
 
 
 def small_ppi(variant="zoo", **settings):
@@ -179,24 +176,6 @@ def test_every_graph_of_an_epoch_is_seen_once():
     assert sorted(seen) == sorted(int(e.graph.n_edge.sum()) for e in task.splits["train"])
 
 
-def test_eight_devices_equal_one_on_chains():
-    config = ignn_chains.get_config()
-    config.update_from_flattened_dict({"data.length": 6, "model.n_hidden": 4})
-    task = NodeTask(config)
-    model = task.model(nnx.Rngs(0))
-    split, params, rest = nnx.split(model, nnx.Param, ...)
-    batch = task.batch(0)
-
-    @jax.jit
-    def run(params, batch):
-        loss = lambda p: task.loss(nnx.merge(split, p, rest, copy=True), batch, jax.random.key(0), 0)[0]
-        return jax.value_and_grad(loss)(params)
-
-    results = [run(params, place_batch(make_mesh(devices=jax.devices()[:n]), batch)) for n in (1, 8)]
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
-
-
 def test_slices_with_few_or_no_nodes_that_count_give_the_gradient_of_the_whole():
     def gradient(slices):
         config = ignn_chains.get_config()
@@ -251,6 +230,20 @@ def test_folds_are_trained_in_turn_and_resumed(tmp_path, capsys):
     assert ignn_graphs.main(argv) == 0
     again = capsys.readouterr().out
     assert "Starting" not in again and again.splitlines()[-1] == out.splitlines()[-1]
+
+
+def test_weights_of_graph_networks_are_exported_and_read_back(tmp_path):
+    config = ignn_demo_graphs.get_config()
+    config.update_from_flattened_dict({**GRAPHS, "export_path": str(tmp_path / "graphs.safetensors")})
+    task = GraphTask(config)
+    model, other = task.model(nnx.Rngs(0)), task.model(nnx.Rngs(1))
+    task.export(model)
+    task.import_checkpoint(config.export_path, other)
+    logits = [nnx.jit(lambda m: m(graphs_of(task.batch(0))).logits)(m) for m in (model, other)]
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-6)
+    config.explicit_layers = 1
+    with pytest.raises(DataError, match="explicit_layers=0"):
+        task.import_checkpoint(config.export_path, task.model(nnx.Rngs(0)))
 
 
 @pytest.mark.slow
