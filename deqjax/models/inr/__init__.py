@@ -6,6 +6,7 @@ from deqjax.models.inr.config import FILTERS, NETWORKS, INRConfig
 from deqjax.models.inr.explicit import FourierFeatures, Siren
 from deqjax.models.inr.filters import Filters
 from deqjax.models.inr.network import INR, Injection, Output
+from deqjax.models.inr.signals import Signals, WarmStart, has_equilibrium, training_bytes
 from deqjax.nn.config import DEQConfig
 
 
@@ -27,6 +28,10 @@ __all__ = [
     "INRConfig",
     "Injection",
     "Output",
+    "Signals",
     "Siren",
+    "WarmStart",
+    "has_equilibrium",
     "representation",
+    "training_bytes",
 ]

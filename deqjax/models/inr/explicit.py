@@ -31,7 +31,7 @@ class Siren(nnx.Module):
         for layer in hidden:
             h = sin(self.config.omega * layer(h))
         y = last(h)
-        return Output((sin(self.config.omega * y) if self.config.linear_output is False else y,), (), None)
+        return Output((sin(self.config.omega * y) if self.config.linear_output is False else y,), (), None, None)
 
 
 class Frequencies(nnx.Variable):
@@ -58,4 +58,4 @@ class FourierFeatures(nnx.Module):
         for layer in hidden:
             h = jax.nn.relu(layer(h))
         y = last(h)
-        return Output((y if self.config.linear_output else sin(y),), (), None)
+        return Output((y if self.config.linear_output else sin(y),), (), None, None)

@@ -29,7 +29,7 @@ class Filters(nnx.Module):
             alpha = jnp.full((n,), config.gabor_alpha, jnp.float32)
             if config.recipe == "original":
                 alpha = alpha.at[:D].set(6.0) / (L + 1)
-            drawn = jax.random.gamma(rngs.params(), alpha)
+            drawn = jax.random.gamma(rngs.params(), alpha, dtype=jnp.float32)
             kernel = kernel * jnp.sqrt(drawn)
             mu, gamma = nnx.Param(uniform((n, d), -1, 1)), nnx.Param(drawn)
         self.mu, self.gamma = mu, gamma

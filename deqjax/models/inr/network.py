@@ -33,6 +33,7 @@ class Output(NamedTuple):
     values: tuple[jax.Array, ...]  # [N, C] of every supervised state, earliest first; one in evaluation
     states: tuple[jax.Array, ...]  # [N, D]; none of an explicit network
     stats: SolverStats | None  # of the solve, coordinate by coordinate
+    spectral_radius: jax.Array | None  # [N], where it is asked for
 
 
 class INR(nnx.Module):
@@ -75,11 +76,23 @@ class INR(nnx.Module):
           train: supervised states with gradients as configured, and power iterations move on.
           solver_options: see `DEQ`.
         """
-        injection = self.encode(x, self.weights(train=train))
+        return self.at(x, self.weights(train=train), z_init=z_init, train=train, solver_options=solver_options)
+
+    def at(
+        self,
+        x: Float[Array, "N d"],
+        weights: tuple[LinearWeights, ...],
+        *,
+        z_init: Float[Array, "N D"] | None = None,
+        train: bool = False,
+        solver_options=None,
+    ) -> Output:
+        """The same with hidden weights that are given: a function of x that changes nothing, to be differentiated."""
+        injection = self.encode(x, weights)
         if self.deq is None:
-            return Output((self.decode(self.cell(jnp.zeros_like(injection.shift), injection)),), (), None)
+            return Output((self.decode(self.cell(jnp.zeros_like(injection.shift), injection)),), (), None, None)
         out = self.solve(injection, z_init, train=train, solver_options=solver_options)
-        return Output(tuple(self.decode(z) for z in out.states), out.states, out.stats)
+        return Output(tuple(self.decode(z) for z in out.states), out.states, out.stats, out.spectral_radius)
 
     # Encode ----------------------------------------------------------------------------------------------------------
 
