@@ -195,7 +195,7 @@ def check_coordinate_gradient(case: Case, sub=None):
     close(net.weights()[0].kernel.T, case["out/W_0"], rtol=1e-11, what="W_0")
 
     def loss(net):
-        terms, values, slopes = sdf_loss(net, x, normals, sdf[:, 0] == 0)
+        terms, values, slopes, _ = sdf_loss(net, x, normals, sdf[:, 0] == 0)
         return sum(terms.values()), (jnp.stack(list(terms.values())), values, slopes)
 
     value, (terms, values, slopes), gradient, _ = differentiate(net, loss)
