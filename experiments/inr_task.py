@@ -14,7 +14,7 @@ from deqjax.data.errors import DataError
 from deqjax.interop.inr import export_inr, load_inr
 from deqjax.interop.inr_file import read_signals, write_signals
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
-from deqjax.models.inr import INRConfig, Signals, WarmStart, has_equilibrium, representation
+from deqjax.models.inr import INRConfig, Signals, WarmStart, representation
 from deqjax.nn.config import DEQConfig
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, replicated
 from experiments import inr_pictures
@@ -183,16 +183,3 @@ def vitals(sums: dict) -> dict:
 def psnr(squared_error: float | np.ndarray) -> np.ndarray:
     """-10 log10 of a mean squared error, for values whose peak is 1."""
     return -10 * np.log10(np.maximum(squared_error, 1e-30))
-
-
-__all__ = [
-    "Fit",
-    "RepresentationTask",
-    "chunks",
-    "has_equilibrium",
-    "jacobian_term",
-    "psnr",
-    "scaled_shape",
-    "values_on_grid",
-    "vitals",
-]

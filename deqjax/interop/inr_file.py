@@ -18,6 +18,7 @@ from flax import nnx
 
 from deqjax.data.errors import DataError
 from deqjax.models.inr import INR, INRConfig, Signals, representation
+from deqjax.models.inr.explicit import Frequencies
 from deqjax.nn.config import DEQConfig
 
 DTYPES = ("float32", "float16", "int8")
@@ -58,7 +59,8 @@ def write_signals(path, signals: Signals, about: Mapping, dtype: str = "float16"
     header = {"version": _VERSION, "dtype": dtype, "count": signals.count, "about": dict(about)}
     header["model"] = dataclasses.asdict(net.config)
     if isinstance(net, INR) and net.deq is not None:
-        header["deq"] = {name: _jsonable(getattr(net.deq.config, name)) for name in _SOLVER}
+        solver = {name: getattr(net.deq.config, name) for name in _SOLVER}
+        header["deq"] = solver | {"f_options": dict(solver["f_options"])}
     arrays = {"header": np.frombuffer(json.dumps(header).encode(), np.uint8)}
     for name, stacked in _stacked([_parameters(one) for one in plain]).items():
         arrays |= _rounded(name, stacked, dtype) if _is_large(name, stacked, net.config) else {name: stacked}
@@ -114,21 +116,18 @@ def _plain(net: nnx.Module) -> nnx.Module:
         return net
     deq = DEQConfig() if net.deq is None else net.deq.config
     plain = representation(net.config, dataclasses.replace(deq, norm_type="none"), nnx.Rngs(0))
-    for name, variable in _variables(net).items():
-        if name in _variables(plain):
-            _variables(plain)[name][...] = variable[...]
-    for ours, theirs in zip(plain.layers, net.weights(), strict=True):
-        ours.kernel[...] = theirs.kernel
+    theirs = _variables(net)
+    for name, variable in _variables(plain).items():
+        variable[...] = theirs[name][...]
+    for layer, effective in zip(plain.layers, net.weights(), strict=True):
+        layer.kernel[...] = effective.kernel
     return plain
 
 
 def _variables(net: nnx.Module) -> dict[str, nnx.Variable]:
     """Every array that values depend on, by its path."""
-    from deqjax.models.inr.explicit import Frequencies
-
     found = nnx.to_flat_state(nnx.state(net, (nnx.Param, Frequencies)))
-    modules = {"/".join(map(str, path)): path for path, _ in found}
-    return {name: _at(net, path) for name, path in modules.items()}
+    return {"/".join(map(str, path)): _at(net, path) for path, _ in found}
 
 
 def _at(net, path):
@@ -160,7 +159,3 @@ def _rounded(name, kernels, dtype) -> dict[str, np.ndarray]:
 def _restored(name, arrays) -> np.ndarray:
     value = arrays[name].astype(np.float32)
     return value * arrays[f"{name}.scale"] if f"{name}.scale" in arrays else value
-
-
-def _jsonable(value):
-    return dict(value) if isinstance(value, Mapping) else value

@@ -19,7 +19,8 @@ from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh
 from deqjax.training.state import named_leaves
 from experiments import deq_inr, inr_table
-from experiments.inr_signals import Signal, SignalTask
+from experiments.inr_data import Signal
+from experiments.inr_signals import SignalTask
 from experiments.inr_task import chunks, values_on_grid
 from tests.training.runs import assert_equal_states
 
