@@ -141,7 +141,8 @@ def test_distances_are_distances(name):
     outside = outside[signed_distance(name, outside) > 0.05][:100]
     d = signed_distance(name, outside)
     moved = signed_distance(name, outside + 0.01 * gradient(name, outside))
-    np.testing.assert_allclose(moved - d, 0.01, atol=2e-4)
+    # Fewer where the way crosses to where another part of the surface is nearest.
+    assert np.all(moved - d < 0.01 + 2e-4) and np.mean(moved - d > 0.01 - 2e-4) > 0.95
     many = surface(name, 4000, random)[0]
     nearest = np.min(np.linalg.norm(outside[:, None] - many[None], axis=-1), axis=1)
     assert np.all(nearest >= d - 1e-3) and np.mean(nearest - d) < 0.05

@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -67,8 +68,8 @@ def test_training_and_evaluation_lower_for_every_platform(name):
     else:
         index, weight = (array[:, 0] for array in task.dealt(0))
         samples = task.samples(index, weight) | {"frame": np.zeros(len(index), np.int32)}
-        evaluate = lambda state, batch: task._chunk_metrics(graph, True, state, batch, 0, 0)
-        lowers_everywhere(evaluate, state, place_whole(mesh, samples))
+        evaluate = lambda state, batch, *place: task._chunk_metrics(graph, True, state, batch, *place)
+        lowers_everywhere(evaluate, state, place_whole(mesh, samples), jnp.int32(0), jnp.int32(0))
 
 
 @pytest.mark.slow
