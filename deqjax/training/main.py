@@ -29,8 +29,8 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
     """Runs an experiment.
 
     Mode "train" trains and resumes. "eval" calls the task's `report(model)`, or else prints `evaluate` of both splits.
-    Any other mode that the task lists in `modes` calls the method of that name with the trained model, and prints what it
-    returns.
+    Any other mode that the task lists in `modes` calls the method of that name with the trained model, or without one if the
+    task lists it in `without_model`, and prints what it returns.
 
     Args:
       make_task: a task from a config; its attribute `modes` lists the modes.
@@ -78,7 +78,9 @@ def _run_mode(make_task, options) -> None:
     if options.mode == "eval" and not hasattr(task, "report"):
         evaluate(task, config, workdir)
         return
-    result = getattr(task, "report" if options.mode == "eval" else options.mode)(trained_model(task, config, workdir))
+    method = getattr(task, "report" if options.mode == "eval" else options.mode)
+    needs_model = options.mode not in getattr(task, "without_model", ())
+    result = method(trained_model(task, config, workdir)) if needs_model else method()
     if result is not None:
         say(result)
 

@@ -129,8 +129,8 @@ def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] =
 
     Args:
       config: name, learning_rate (see `learning_rate` for its schedule); optionally b1, b2, eps, decay (rmsprop's alpha),
-        momentum, nesterov, weight_decay (part of the gradient, as in PyTorch; adamw alone decouples it) and clip (of the
-        gradient's norm; 0: none).
+        momentum, nesterov, weight_decay (part of the gradient, as in PyTorch; adamw alone decouples it), clip (of the
+        gradient's norm; 0: none) and clip_value (of every entry of the gradient; 0: none).
       tied: see `tie_updates`.
     """
     name = config.get("name", "adam")
@@ -150,6 +150,7 @@ def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] =
     if decay and name == "adamw":
         parts.append(optax.add_decayed_weights(decay))
     clip = [clip_by_global_norm(float(config["clip"]))] if config.get("clip", 0.0) else []
+    clip += [optax.clip(float(config["clip_value"]))] if config.get("clip_value", 0.0) else []
     tie = [tie_updates(tied)] if tied else []
     rate = optax.scale_by_learning_rate(learning_rate(config))
     return optax.chain(*clip, leave_untouched(optax.chain(*(parts or [optax.identity()]))), rate, *tie)

@@ -1,0 +1,318 @@
+"""Signals on regular grids: pictures, sound and video, fitted at all samples or at some and tested at others."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deqjax.core.correction import fixed_point_correction
+from deqjax.data.coordinates import coordinates, size
+from deqjax.data.images import write_image
+from deqjax.interop.inr_file import read_signals
+from deqjax.models.inr import INRConfig, WarmStart, has_equilibrium, training_bytes
+from deqjax.training.console import say
+from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
+from deqjax.training.metrics import Sums
+from experiments import inr_pictures
+from experiments.inr_data import KINDS, Signal, read
+from experiments.inr_pictures import displayed
+from experiments.inr_task import Fit, RepresentationTask, chunks, jacobian_term, psnr, values_on_grid, vitals
+
+
+class SignalTask(RepresentationTask):
+    """What the training loop needs to know about fitting signals."""
+
+    def __init__(self, config, signal: Signal | None = None):
+        """Args:
+        signal: instead of what the config names.
+        """
+        super().__init__(config)
+        data = config.data
+        if signal is None and not data.path and data.name not in KINDS[data.kind]:
+            raise ValueError(f"data.name={data.name!r}: {data.kind} may be {', '.join(KINDS[data.kind])}, or give data.path.")
+        for name in ("step", "count"):
+            if data[name] < 1:
+                raise ValueError(f"data.{name}={data[name]}: must be 1 or more.")
+        if data.generalize and data.kind != "image":
+            raise ValueError("data.generalize holds out pixels of pictures; data.kind must be 'image'.")
+        self._given = signal
+        self._evaluate_chunk = jax.jit(self._chunk_metrics, static_argnums=(0, 1))
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def signal(self) -> Signal:
+        return self._given or read(self.config.data)
+
+    @property
+    def count(self) -> int:
+        return self.signal.raw.shape[0]
+
+    @property
+    def architecture(self) -> INRConfig:
+        return INRConfig(n_in=len(self.signal.shape), n_out=self.signal.raw.shape[-1], **self.config.model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the samples: a run goes on with the signal that it began with."""
+        digest = hashlib.sha256(repr((self.signal.raw.shape, len(self.signal.train))).encode())
+        return digest.update(np.ascontiguousarray(self.signal.raw)) or digest.hexdigest()
+
+    @property
+    def items_per_step(self):
+        return ("samples", self.layout_of_batches[0] * self.count)
+
+    def about(self) -> dict:
+        signal = self.signal
+        return {"kind": signal.kind, "shape": list(signal.shape), "order": signal.order, "rate": signal.rate}
+
+    @functools.cached_property
+    def layout_of_batches(self) -> tuple[int, int]:
+        """Rows in a batch and number of batches in an epoch.
+
+        A full batch that would not fit into memory is computed in slices (config.accumulate), which changes nothing else.
+        """
+        config, n = self.config, len(self.signal.train)
+        rows = min(config.data.batch_size or n, n)
+        memory = config.data.memory_gib * 2**30 * batch_devices(make_mesh(config.get("mesh")))
+        needed = rows * self.count * training_bytes(self.architecture, self.deq)
+        if config.accumulate == 1 and needed > memory:
+            config.accumulate = -(-needed // int(memory))
+            say(
+                f"{rows:,} coordinates would take about {needed / 2**30:.1f} GiB at once: the gradient is added up over "
+                f"{config.accumulate} slices (config.data.memory_gib={config.data.memory_gib})."
+            )
+        unit = config.accumulate * batch_devices(make_mesh(config.get("mesh")))
+        blocks = -(-n // rows)
+        return -(-rows // unit) * unit, blocks
+
+    def data(self, split: str) -> "SignalTask":
+        return self
+
+    def dealt(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which sample is in which row of which batch, `[R, K]`, and the rows' weights: 0 of those that only fill up.
+
+        With warm starts the samples are dealt once, so that a batch meets its own states again; else anew in every epoch.
+        """
+        return self._dealt(0 if self.config.warm_start else epoch)
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (one task per process)
+    def _dealt(self, epoch):
+        (rows, blocks), train = self.layout_of_batches, self.signal.train
+        if blocks > 1:
+            train = np.random.default_rng((self.config.seed, epoch)).permutation(train)
+        place = np.arange(rows * blocks)
+        weight = (place < len(train)).astype(np.float32).reshape(blocks, rows).T
+        return train[place % len(train)].reshape(blocks, rows).T, weight
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Training batch `step`: an epoch visits every batch of coordinates once, in an order of its own."""
+        epoch, part = divmod(step, self.layout_of_batches[1])
+        block = int(np.random.default_rng((self.config.seed, 1, epoch)).permutation(self.layout_of_batches[1])[part])
+        index, weight = (array[:, block] for array in self.dealt(epoch))
+        p, n = process_share(make_mesh(self.config.get("mesh")))
+        return self.samples(*(np.split(array, n)[p] for array in (index, weight))) | {"block": np.int32(block)}
+
+    def samples(self, index: np.ndarray, weight: np.ndarray) -> dict[str, np.ndarray]:
+        signal = self.signal
+        x = coordinates(index, signal.shape, signal.order)
+        return {"x": x, "target": signal.values(index), "weight": weight}
+
+    def new_warm_start(self) -> WarmStart | None:
+        config = self.config
+        if not (config.warm_start and config.model.network == "deq"):
+            return None
+        rows, blocks = self.layout_of_batches
+        dtype = jnp.dtype(config.warm_start_dtype)
+        needed = rows * blocks * self.count * config.model.n_hidden * dtype.itemsize / 2**30
+        allowed = config.data.memory_gib * batch_devices(make_mesh(config.get("mesh")))
+        if needed > allowed:
+            raise ValueError(
+                f"the states of {rows * blocks:,} coordinates take {needed:.1f} GiB, more than there is (data.memory_gib): set "
+                "warm_start=False, which solves from zero at every visit, or warm_start_dtype='bfloat16'."
+            )
+        return WarmStart(rows, blocks, self.count, config.model.n_hidden, dtype)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def loss(self, model: Fit, batch, key, step):
+        """Mean squared error, weighted over the supervised states; of several signals the sum: none disturbs another."""
+        x, weight, warm = batch["x"], batch["weight"], model.warm
+        target = jnp.moveaxis(batch["target"], 1, 0)
+        keys = jax.random.split(key, self.count)
+        options, metrics = self.deq.training_options(step), {}
+        if warm is None:
+            values, states, sums, jacobian = model.signals.each(lambda net, key: self._cold(net, x, key, options), keys)
+        else:
+            z, known = warm.recall(batch["block"])
+            if self.config.resolve_every:
+                known = known & (step % self.config.resolve_every != 0)
+            values, states, sums, jacobian = model.signals.each(
+                lambda net, z, key: self._warm(net, x, z, known, key, options), z, keys
+            )
+            warm.remember(batch["block"], states)
+            moved = jnp.sum(jnp.linalg.norm(states - z, axis=-1)) / states.shape[1]
+            metrics["warm/moved"] = (moved, jnp.asarray(self.count, moved.dtype))
+
+        total = jnp.sum(weight)
+
+        def squared_error(values):
+            return jnp.sum(jnp.mean(jnp.square(values - target), axis=-1) * weight[None]) / total
+
+        error, each = fixed_point_correction(squared_error, list(values), gamma=self.deq.gamma, return_values=True)
+        metrics["loss"] = (each[-1] / self.count * total, total)
+        if sums:
+            metrics |= vitals({name: jnp.sum(value) for name, value in sums.items()})
+        if self.deq.jac_loss_weight:
+            metrics["jacobian"] = (jnp.mean(jacobian), jnp.ones_like(total))
+        return error + jnp.sum(jacobian), metrics
+
+    def _cold(self, net, x, key, options):
+        """Values, final states, statistics and Jacobian term of one signal, solved from zero."""
+        if not has_equilibrium(net):
+            values = net(x, train=True).values
+            return values, (), {}, jnp.zeros((), values[-1].dtype)
+        injection = net.encode(x, net.weights(train=True))
+        return self._decoded(net, injection, net.solve(injection, train=True, solver_options=options), key)
+
+    def _warm(self, net, x, z, known, key, options):
+        """The same, from the last visit's states; the solver runs only if they are not known."""
+        injection = net.encode(x, net.weights(train=True))
+        start, sums = net.start(injection, z, known)
+        out = net.solve(injection, start, train=True, solver_options={**options, "f_max_iter": 0})
+        values, states, _, jacobian = self._decoded(net, injection, out, key)
+        return values, states, sums, jacobian
+
+    def _decoded(self, net, injection, out, key):
+        z = out.states[-1]
+        jacobian = jacobian_term(self.deq, lambda z: net.cell(z, injection), z, key)
+        return tuple(net.decode(state) for state in out.states), z, out.stats.sums(), jacobian
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: Fit, split: str) -> dict[str, float]:
+        """PSNR of the signal as it is decoded from nothing, and how far that is from the states that training keeps.
+
+        "valid" is on the samples that are trained on, "test" on those held out, or the same where there are none. Of several
+        signals, and of the frames of a video, the mean and the standard deviation of their PSNRs.
+        """
+        held_out = split == "test" and self.signal.test is not self.signal.train
+        blocks = [(None, self.signal.test, np.ones(len(self.signal.test), np.float32))] if held_out else None
+        if blocks is None:
+            index, weight = self.dealt(0)
+            blocks = [(k, index[:, k], weight[:, k]) for k in range(index.shape[1])]
+        graph, state = nnx.split(model)
+        mesh, sums, results = make_mesh(self.config.get("mesh")), Sums(), []
+        for block, index, weight in blocks:
+            rows = self.chunk(len(index))
+            for start, kept in chunks(len(index), rows):
+                chosen = slice(start, start + rows)
+                new = np.zeros(rows, np.float32)
+                new[kept] = 1
+                batch = self.samples(index[chosen], weight[chosen] * new)
+                batch["frame"] = self._frame(index[chosen])
+                batch = place_whole(mesh, batch)
+                results.append(self._evaluate_chunk(graph, block is not None, state, batch, start, block or 0))
+        counts, errors, maxima = 0, {}, {}
+        for count, squared, largest, metrics in jax.device_get(results):
+            counts = counts + count
+            errors = {name: errors.get(name, 0) + value for name, value in squared.items()}
+            maxima = {name: max(maxima.get(name, 0.0), float(value)) for name, value in largest.items()}
+            sums.add(metrics)
+        report, means = {}, sums.means()
+        if "warm/gap" not in means:
+            for forgotten in (errors, maxima):
+                forgotten.pop("psnr_warm", None), forgotten.pop("warm/gap_max", None)
+        for name, value in errors.items():
+            each = psnr(value / counts[:, None])
+            report |= {name: float(np.mean(each))} | ({f"{name}_std": float(np.std(each))} if each.size > 1 else {})
+        return report | means | maxima
+
+    def _frame(self, index):
+        """Which group of samples has a PSNR of its own: the frame of a video, else one for all."""
+        per_frame = size(self.signal.shape[1:]) if self.signal.kind == "video" else size(self.signal.shape)
+        return (index // per_frame).astype(np.int32)
+
+    def _chunk_metrics(self, graph, has_states, state, batch, start, block):
+        """Counts `[F]` and squared errors `[F, S]` of the frames, maxima, and metrics."""
+        model = nnx.merge(graph, state, copy=True)
+        x, weight = batch["x"], batch["weight"]
+        frames = self.signal.shape[0] if self.signal.kind == "video" else 1
+        target = displayed(jnp.moveaxis(batch["target"], 1, 0), self.signal.kind)
+
+        def per_frame(values):
+            error = jnp.mean(jnp.square(displayed(values, self.signal.kind) - target), axis=-1) * weight[None]
+            return jax.ops.segment_sum(error.T, batch["frame"], frames)
+
+        def cold(net):
+            out = net(x)
+            return out.values[-1], out.states, out.stats, out.spectral_radius
+
+        values, states, stats, radius = model.signals.each(cold)
+        errors, maxima, metrics = {"psnr": per_frame(values)}, {}, {}
+        if stats is not None:
+            counted = jnp.broadcast_to(weight[None], stats.steps.shape)
+            mean = lambda x: (jnp.sum(x.astype(weight.dtype) * counted), jnp.sum(counted))  # noqa: E731
+            metrics = {f"forward/{name}": mean(getattr(stats, name)) for name in ("steps", "converged")}
+            finite = jnp.isfinite(stats.rel_lowest)
+            metrics["forward/rel"] = mean(jnp.where(finite, stats.rel_lowest, 0))
+            maxima["forward/steps_max"] = jnp.max(stats.steps * (counted > 0))
+            if radius is not None:
+                metrics["forward/spectral_radius"] = mean(radius)
+        if has_states and model.warm is not None:
+            z, known = model.warm.recall(block)
+            counted = counted * known  # a model that was read without its training has no states
+            z = jax.lax.dynamic_slice_in_dim(z, start, x.shape[0], axis=1)
+            options = {"f_max_iter": 0}
+            step = lambda net, z: net(x, z_init=z, train=True, solver_options=options).values[-1]  # noqa: E731
+            errors["psnr_warm"] = per_frame(model.signals.each(step, z))
+            apart = jnp.linalg.norm(states[-1] - z, axis=-1)
+            maxima["warm/gap_max"] = jnp.max(apart * (counted > 0))
+            metrics["warm/gap"] = mean(apart)
+        return jax.ops.segment_sum(weight, batch["frame"], frames), errors, maxima, metrics
+
+    # What is written -------------------------------------------------------------------------------------------------
+
+    def compared(self, n_bytes: int, path: str) -> str:
+        """Bits per sample beside the raw signal's, and the PSNR of what the file renders."""
+        signal, mesh = self.signal, make_mesh(self.config.get("mesh"))
+        networks, about = read_signals(path)
+        everything = np.arange(size(signal.shape))
+        each = []
+        for number, net in enumerate(networks):
+            values = values_on_grid(net, signal.shape, about["order"], mesh, self.config.data.memory_gib)
+            target = signal.values(everything)[:, number].reshape(values.shape)
+            error = np.mean(np.square(displayed(values, signal.kind) - displayed(target, signal.kind), dtype=np.float64))
+            each.append(psnr(error))
+        bits = 8 * n_bytes / (len(everything) * self.count)
+        raw = 8 * min(signal.raw.itemsize, 2) * signal.raw.shape[-1]
+        unit = {"image": "pixel", "video": "pixel"}.get(signal.kind, "sample")
+        return f", {bits:.2f} bits per {unit} (the signal itself: {raw}), which renders at {np.mean(each):.2f} dB"
+
+    def show(self, model: Fit, workdir: Path) -> None:
+        """The reconstruction beside the original and their difference, and PSNR against steps, to `workdir`."""
+        if jax.process_index() != 0:
+            return
+        signal, mesh, kind = self.signal, make_mesh(self.config.get("mesh")), self.signal.kind
+        for number in range(min(self.count, 8)):
+            values = values_on_grid(model.signals.one(number), signal.shape, signal.order, mesh, self.config.data.memory_gib)
+            original, suffix = signal.whole(number), f"-{number}" if self.count > 1 else ""
+            shown = displayed(values, kind)
+            if kind == "image":
+                write_image(workdir / f"reconstruction{suffix}.png", shown)
+                write_image(workdir / f"comparison{suffix}.png", inr_pictures.comparison(original, shown))
+            elif kind == "audio":
+                inr_pictures.write_values(workdir / "reconstruction.wav", values, kind, signal.rate)
+                inr_pictures.write_values(workdir / "original.wav", original, kind, signal.rate)
+                inr_pictures.draw_waves(workdir / "comparison.png", original[:, 0], shown[:, 0], signal.rate)
+            else:
+                inr_pictures.write_values(workdir / "reconstruction.mp4", values, kind, signal.rate)
+                sheets = (
+                    inr_pictures.sheet(frames) for frames in (original, shown, np.clip(4 * np.abs(original - shown), 0, 1))
+                )
+                write_image(workdir / "comparison.png", np.concatenate(list(sheets), axis=0))
+        inr_pictures.draw_curve(workdir, "psnr")

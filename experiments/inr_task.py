@@ -1,0 +1,185 @@
+"""What all implicit representations have in common: the model, its files, and values at any number of coordinates."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deqjax.core.stability import jacobian_loss
+from deqjax.data.coordinates import coordinates, size
+from deqjax.data.errors import DataError
+from deqjax.interop.inr import export_inr, load_inr
+from deqjax.interop.inr_file import read_signals, write_signals
+from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
+from deqjax.models.inr import INRConfig, Signals, WarmStart, representation
+from deqjax.nn.config import DEQConfig
+from deqjax.training.mesh import batch_devices, make_mesh, place_whole, replicated
+from experiments import inr_pictures
+
+
+class Fit(nnx.Module):
+    """The networks of the signals and, if the recipe keeps any, the states that the next visit starts from."""
+
+    def __init__(self, signals: Signals, warm: WarmStart | None):
+        self.signals = signals
+        self.warm = warm
+
+
+class RepresentationTask:
+    """The part of a task that does not depend on what is represented; subclasses say what the data and the loss are."""
+
+    name = "deq_inr"
+    modes = ("train", "eval", "export", "render")
+    without_model = ("render",)
+    free_to_change = ("export_path", "export_dtype", "render", "data.memory_gib")
+    count = 1
+
+    def __init__(self, config):
+        """Reads nothing yet: a file of weights can be rendered where the signal itself is not at hand.
+
+        Raises:
+          ValueError: a setting is wrong.
+        """
+        self.config = config
+        self.deq = DEQConfig.from_config(config.deq)
+        self.deq.eval_budget()
+        INRConfig(n_in=1, n_out=1, **config.model)  # what is wrong with it shows now
+        if self.deq.sradius_mode and config.model.network != "deq":
+            raise ValueError("deq.sradius_mode is of equilibria: model.network must be 'deq'.")
+        for name, value, least in (
+            ("data.batch_size", config.data.batch_size, 0),
+            ("data.memory_gib", config.data.memory_gib, 1e-6),
+            ("resolve_every", config.resolve_every, 0),
+            ("render.scale", config.render.scale, 1e-3),
+        ):
+            if not value >= least:  # NaN is refused, too
+                raise ValueError(f"{name}={value}: must be {least} or more.")
+
+    # Subclasses ------------------------------------------------------------------------------------------------------
+
+    @property
+    def architecture(self) -> INRConfig:
+        raise NotImplementedError
+
+    def about(self) -> dict:
+        """What coordinates and values mean, for the file of weights."""
+        raise NotImplementedError
+
+    # Model -----------------------------------------------------------------------------------------------------------
+
+    def model(self, rngs: nnx.Rngs) -> Fit:
+        architecture = self.architecture
+        signals = Signals(lambda rngs: representation(architecture, self.deq, rngs), self.count, rngs)
+        return Fit(signals, self.new_warm_start())
+
+    def new_warm_start(self) -> WarmStart | None:
+        return None
+
+    def import_checkpoint(self, path: str, model: Fit) -> None:
+        """The weights in a `.pth`, `.pt` or `.safetensors` state dict of TorchDEQ's zoo or of the original code."""
+        if self.count > 1:
+            raise DataError(f"{path}: a state dict holds one signal, but this config has {self.count}.")
+        load_inr(model.signals.net, read_checkpoint(path))
+
+    def export(self, model: Fit) -> str:
+        """Writes the signal as weights, or a state dict under the zoo's names if the file ends in .safetensors or .pth."""
+        path, signals = self.config.export_path, model.signals
+        if path.endswith((".safetensors", ".pth", ".pt")):
+            if self.count > 1:
+                raise DataError(f"a state dict holds one signal, not {self.count}: give config.export_path another ending.")
+            write_checkpoint(path, export_inr(signals.net))
+            return f"Wrote a state dict to {path}."
+        written = write_signals(path, signals, self.about(), self.config.export_dtype)
+        return f"Wrote {path}: {written:,} bytes in {self.config.export_dtype}{self.compared(written, path)}."
+
+    def compared(self, n_bytes: int, path: str) -> str:
+        """The size beside that of the signal itself, and what rounding has cost."""
+        return ""
+
+    # Values at any coordinates ---------------------------------------------------------------------------------------
+
+    def chunk(self, rows: int) -> int:
+        """How many coordinates are evaluated at once, out of so many, for the memory there is."""
+        c = self.architecture
+        each = 4 * c.n_hidden * (2 * (c.n_layers + 1) + 6) * self.count
+        devices = batch_devices(make_mesh(self.config.get("mesh")))
+        limit = max(int(self.config.data.memory_gib * 2**30 / 8 / each), 1) * devices
+        return min(rows, limit)
+
+    def render(self) -> str:
+        """Draws what a file of weights holds, at `render.shape`, or at `render.scale` times its own resolution."""
+        options = self.config.render
+        networks, about = read_signals(self.config.export_path)
+        own = tuple(about["shape"])
+        shape = tuple(int(n) for n in options.shape) or scaled_shape(own, options.scale, about["kind"])
+        if len(shape) != len(own) or min(shape) < 1:
+            raise DataError(f"render.shape={shape}: this signal has {len(own)} axes, {own} samples of its own.")
+        mesh, written = make_mesh(self.config.get("mesh")), []
+        for number, net in enumerate(networks):
+            span = about.get("span", (-1.0, 1.0))
+            values = values_on_grid(net, shape, about["order"], mesh, self.config.data.memory_gib, span)
+            output = Path(options.output)
+            if len(networks) > 1:
+                output = output.with_name(f"{output.stem}-{number}{output.suffix}")
+            rate = about["rate"] * shape[0] / own[0] if about["rate"] else 0
+            written.append(str(inr_pictures.write_values(output, values, about["kind"], rate)))
+        axes = " x ".join(map(str, shape))
+        return f"Rendered {self.config.export_path} at {axes}: {', '.join(written[:3])}{', ...' if written[3:] else ''}."
+
+
+def scaled_shape(shape, scale: float, kind: str) -> tuple[int, ...]:
+    """The grid with so many times the samples along every axis; of a video, along those of its pictures."""
+    kept = 1 if kind == "video" else 0
+    return tuple(n if k < kept else max(round(n * scale), 1) for k, n in enumerate(shape))
+
+
+def values_on_grid(net: nnx.Module, shape, order: str, mesh, memory_gib: float = 8.0, span=(-1.0, 1.0)) -> np.ndarray:
+    """The values of one network on a regular grid over `span` along every axis, `[*shape, C]`, chunk by chunk."""
+    config, total = net.config, size(shape)
+    each = 4 * config.n_hidden * (2 * (config.n_layers + 1) + 6)
+    rows = min(total, max(int(memory_gib * 2**30 / 8 / each), 1) * batch_devices(mesh))
+    graph, state = nnx.split(net)
+
+    @jax.jit
+    def evaluate(state, x):
+        return jax.lax.with_sharding_constraint(nnx.merge(graph, state)(x).values[-1], replicated(mesh))
+
+    parts = []
+    for start, kept in chunks(total, rows):
+        x = coordinates(np.arange(start, start + rows), shape, order)
+        x = (span[0] + (x + 1) / 2 * (span[1] - span[0])).astype(np.float32)
+        parts.append(np.asarray(evaluate(state, place_whole(mesh, {"x": x})["x"]))[kept])
+    return np.concatenate(parts).reshape(*shape, -1)
+
+
+def chunks(total: int, rows: int):
+    """Starts of pieces of `rows` that cover `total`, and which of their rows are new: the last piece overlaps."""
+    for start in range(0, total, rows):
+        first = min(start, total - rows)
+        yield first, slice(start - first, None)
+
+
+def jacobian_term(deq: DEQConfig, f: Callable, z: jax.Array, key: jax.Array) -> jax.Array:
+    """Weighted Jacobian loss at a state, present with the configured probability."""
+    zero = jnp.zeros((), z.dtype)
+    if deq.jac_loss_weight == 0 or deq.jac_loss_freq == 0:
+        return zero
+    key_probe, key_choice = jax.random.split(key)
+    chosen = jax.random.bernoulli(key_choice, deq.jac_loss_freq)
+    z = jax.lax.stop_gradient(z)
+    return deq.jac_loss_weight * jax.lax.cond(chosen, lambda: jacobian_loss(f, z, key_probe), lambda: zero)
+
+
+def vitals(sums: dict) -> dict:
+    """How solves went, as metrics, from the sums of their statistics."""
+    sums = dict(sums)
+    samples = sums.pop("samples")
+    return {f"forward/{name}": (value, samples) for name, value in sums.items()}
+
+
+def psnr(squared_error: float | np.ndarray) -> np.ndarray:
+    """-10 log10 of a mean squared error, for values whose peak is 1."""
+    return -10 * np.log10(np.maximum(squared_error, 1e-30))
