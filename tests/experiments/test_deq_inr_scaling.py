@@ -2,20 +2,18 @@
 
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from deqjax.training import loop
 from deqjax.training.main import load_config
-from deqjax.training.mesh import make_mesh, place_batch, place_whole
+from deqjax.training.mesh import place_batch, place_whole
 from deqjax.training.step import prepare, step_function
 from experiments import inr_signals, inr_task
 from experiments.deq_inr import make_task
 from tests.training.lowering import lowers_everywhere
-from tests.training.meshes import loss_and_gradient, mesh_of
+from tests.training.meshes import assert_a_run_moves, assert_meshes_agree, mesh_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 # 8 x 8 pixels or 64 points. The gradient stays in the momentum.
@@ -40,17 +38,7 @@ TASKS = {
 @pytest.mark.parametrize("name", TASKS)
 def test_every_mesh_computes_what_one_device_does(name):
     task = TASKS[name]()
-    expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
-    for shape in ((8, 1, 1),) if name == "distance" else ((8, 1, 1), (2, 2, 2)):
-        for path, array in loss_and_gradient(task, mesh_of(shape)).items():
-            scale = np.max(np.abs(expected[path].astype(float)), initial=1e-2)
-            np.testing.assert_allclose(
-                array.astype(float),
-                expected[path].astype(float),
-                rtol=0,
-                atol=3e-5 * scale,
-                err_msg=f"{shape} {'/'.join(path)}",
-            )
+    assert_meshes_agree(task, ((8, 1, 1),) if name == "distance" else ((8, 1, 1), (2, 2, 2)), tol=3e-5)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -74,19 +62,5 @@ def test_training_and_evaluation_lower_for_every_platform(name):
 
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_two_to_one(tmp_path, monkeypatch):
-    settings = {"eval_every": 2, "checkpoint_every": 2, "log_every": 1, "steps": 6}
-
-    def train(workdir, sizes, steps):
-        count = int(np.prod(list(sizes.values())))
-        for module in (loop, inr_signals, inr_task):
-            monkeypatch.setattr(module, "make_mesh", lambda _: make_mesh(sizes, jax.devices()[:count]))
-        task = task_of("inr_camera.py", **settings)
-        task.config.steps = steps
-        return loop.train(task, task.config, workdir)
-
-    expected = train(tmp_path / "unbroken", {"data": 8}, 6)
-    for sizes, steps in (({"data": 8}, 2), ({"data": 1, "fsdp": 2}, 4), ({"data": 1}, 6)):
-        moved = train(tmp_path / "moved", sizes, steps)
-    for path, leaf in nnx.to_flat_state(moved.params):
-        np.testing.assert_allclose(leaf[...], dict(nnx.to_flat_state(expected.params))[path][...], atol=1e-5)
-    np.testing.assert_allclose(moved.variables["warm"]["z"][...], expected.variables["warm"]["z"][...], atol=1e-4)
+    make_task = lambda: task_of("inr_camera.py", **{"eval_every": 2, "checkpoint_every": 2, "log_every": 1})
+    assert_a_run_moves(make_task, (inr_signals, inr_task), tmp_path, monkeypatch, rtol=1e-4, names=("train/loss", "valid/psnr"))

@@ -238,8 +238,8 @@ def test_training_and_evaluation_lower_for_every_platform(shape, corpus):
 
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_two_to_one(corpus, tmp_path, monkeypatch):
-    task = small_task(corpus, **RECIPES["deq-seq"], **{"ema": 0.5})
-    assert_a_run_moves(task, (deq_lm,), tmp_path, monkeypatch, rtol=1e-5)
+    make_task = lambda: small_task(corpus, **RECIPES["deq-seq"], **{"ema": 0.5})
+    assert_a_run_moves(make_task, (deq_lm,), tmp_path, monkeypatch, rtol=1e-5)
 
 
 @pytest.mark.slow
