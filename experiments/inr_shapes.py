@@ -10,7 +10,7 @@ from flax import nnx
 
 from deqjax.data.meshes import Mesh, level_set, write_mesh
 from deqjax.data.point_clouds import read_points
-from deqjax.data.shapes import SHAPES, signed_distance, surface
+from deqjax.data.solids import SHAPES, signed_distance, surface
 from deqjax.models.inr import INR, INRConfig, Output
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums

@@ -11,7 +11,7 @@ from deqjax.data.image_sets import image_set
 from deqjax.data.meshes import Mesh, level_set, write_mesh
 from deqjax.data.photographs import faces, photograph
 from deqjax.data.point_clouds import read_points
-from deqjax.data.shapes import SHAPES, gradient, signed_distance, surface
+from deqjax.data.solids import SHAPES, gradient, signed_distance, surface
 from deqjax.data.video import clip, read_video, waves, write_video
 
 # Coordinates ---------------------------------------------------------------------------------------------------------

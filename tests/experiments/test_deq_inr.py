@@ -238,7 +238,7 @@ def test_an_inside_is_learned_and_drawn(tmp_path):
 
 def test_an_inside_of_a_mesh_is_learned_in_its_own_box(tmp_path):
     from deqjax.data.meshes import level_set, write_mesh
-    from deqjax.data.shapes import signed_distance
+    from deqjax.data.solids import signed_distance
 
     axis = np.linspace(-1, 1, 20)
     write_mesh(
