@@ -3,9 +3,9 @@
     python -m experiments.mdeq_segment --config configs/mdeq_shapes.py
     python -m experiments.mdeq_segment --config configs/mdeq_cityscapes.py:small --config.init_from=imagenet.pth
 
-Modes: train (and resume), eval (mIoU, pixel accuracy, IoU of every class, and the pictures), anytime (mIoU after every number of
-solver steps, from one solve), predict (labels and overlays of the pictures in `config.predict.folder`), export (the weights as a
-PyTorch state dict). `config.init_from` takes another run, or a state dict: of an ImageNet classifier it uses all but the head.
+Modes: train (and resume), eval (mIoU, pixel accuracy, IoU of every class), anytime (mIoU after every number of solver steps,
+from one solve), predict (labels and overlays of the pictures in `config.predict.folder`), export (the weights as a PyTorch
+state dict). `config.init_from` takes another run, or a state dict: of an ImageNet classifier it uses all but the head.
 """
 
 import functools
@@ -200,7 +200,7 @@ class SegmentationTask:
                 [{"loss": _at(scores["loss"], k), "residual": _at(residual, k)} for (scores, _), residual in results]
             )
             scores = segmentation_scores(sum(np.asarray(counts[k], np.float64) for (_, counts), _ in results))
-            rows.append({"steps": n} | means | {name: scores[name] for name in ("miou", "pixel_accuracy")})
+            rows.append({"steps": n} | summed(sums) | {name: scores[name] for name in ("miou", "pixel_accuracy")})
         return report_anytime(rows, "miou", self.config.anytime.out)
 
     def predict(self, model: MDEQ) -> str:
