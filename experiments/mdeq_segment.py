@@ -196,9 +196,7 @@ class SegmentationTask:
         results = [jax.device_get(measure(state, batch)) for batch in self._evaluation(self.config.anytime.split)]
         rows = []
         for k, n in enumerate(steps):
-            means = summed(
-                [{"loss": _at(scores["loss"], k), "residual": _at(residual, k)} for (scores, _), residual in results]
-            )
+            sums = [{"loss": _at(scores["loss"], k), "residual": _at(residual, k)} for (scores, _), residual in results]
             scores = segmentation_scores(sum(np.asarray(counts[k], np.float64) for (_, counts), _ in results))
             rows.append({"steps": n} | summed(sums) | {name: scores[name] for name in ("miou", "pixel_accuracy")})
         return report_anytime(rows, "miou", self.config.anytime.out)
