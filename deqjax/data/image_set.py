@@ -5,7 +5,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from deqjax.data.errors import DataError
 from deqjax.data.images import SUFFIXES, read_image
 
 
+@runtime_checkable
 class ImageSet(Protocol):
     """What a classifier is trained on. `classes` are the names, in the order of the labels."""
 
