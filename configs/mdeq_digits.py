@@ -42,8 +42,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deq.jac_loss_freq = 0.3
 
     config.optimizer.learning_rate = 2e-3
-    config.steps = 800
+    config.steps = 500
     config.log_every = 50
-    config.eval_every = 200
+    config.eval_every = 250
     config.checkpoint_every = 100
     return config

@@ -69,10 +69,10 @@ def _only(parts):
     return parts[0]
 
 
-def read_or_blank(images, number: int, damaged: Damaged, blank: Callable) -> tuple:
+def read_or_blank(read: Callable[[int], tuple], number: int, damaged: Damaged, blank: Callable[[], tuple]) -> tuple:
     """Item `number` and True; what `blank` makes and False for an item that cannot be read, which is noted."""
     try:
-        return images[number], True
+        return read(number), True
     except DataError as error:
         damaged.note(number, error)
         return blank(), False

@@ -126,7 +126,7 @@ class ClassificationTask:
 
         def from_file(number):
             blank = lambda: (np.zeros((data.image_size, data.image_size, 3), np.uint8), 0)  # noqa: E731
-            (image, label), counted = read_or_blank(images, number, self.damaged[split], blank)
+            (image, label), counted = read_or_blank(images.__getitem__, number, self.damaged[split], blank)
             image = resize_and_center(image, data.resize, data.image_size)
             return self._sample(image, label) | {"counted": np.bool_(counted)}
 

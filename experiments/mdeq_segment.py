@@ -19,6 +19,7 @@ from flax import nnx
 
 from deqjax.data.augment import denormalize, normalize, scale_and_crop
 from deqjax.data.cityscapes import CLASS_WEIGHTS, Cityscapes, label_ids
+from deqjax.data.errors import DataError
 from deqjax.data.image_set import Damaged
 from deqjax.data.images import image_files, pillow, read_image, write_image
 from deqjax.data.prefetch import Prefetch
@@ -111,12 +112,18 @@ class SegmentationTask:
         return {"images": normalize(image, self.config.data.mean, self.config.data.std), "labels": labels.astype(np.int32)}
 
     def _evaluation(self, split: str):
-        """Batches of whole images; those of another size than `data.eval_size` are damaged."""
+        """Batches of whole images; one that cannot be read, or has another size, does not count."""
         images, (H, W) = self.splits[split], self.config.data.eval_size
+
+        def read_whole(number):
+            image, labels = images[number]
+            if labels.shape != (H, W):
+                raise DataError(f"image {number} of {split} is {labels.shape}, but data.eval_size={(H, W)}.")
+            return image, labels
 
         def load(number):
             blank = lambda: (np.zeros((H, W, 3), np.uint8), np.full((H, W), IGNORED, np.uint8))  # noqa: E731
-            (image, labels), counted = read_or_blank(images, number, self.damaged[split], blank)
+            (image, labels), counted = read_or_blank(read_whole, number, self.damaged[split], blank)
             return self._sample(image, labels) | {"counted": np.bool_(counted)}
 
         return evaluation_batches(self.config, len(images), load)

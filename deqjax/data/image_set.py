@@ -150,8 +150,8 @@ class Damaged:
         if new:
             self._tell(f"Skipped a damaged image, {len(self.messages)} so far: {error}")
 
-    def next_sound(self, images: ImageSet, number: int, most: int = 100) -> tuple[np.ndarray, int]:
-        """Image `number`, or the next one that can be read. Raises DataError if so many in a row cannot."""
+    def next_sound(self, images, number: int, most: int = 100) -> tuple:
+        """Item `number` of a set, or the next one that can be read. Raises DataError if so many in a row cannot."""
         for i in range(number, number + most):
             try:
                 return images[i % len(images)]
