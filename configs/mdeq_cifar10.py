@@ -162,7 +162,7 @@ def base() -> ml_collections.ConfigDict:
     config.anytime = ml_collections.ConfigDict()
     config.anytime.split = "test"
     config.anytime.steps = ()  # every number up to the budget of evaluation
-    config.anytime.out = "anytime"
+    config.anytime.out = "runs/anytime"
     return config
 
 

@@ -71,5 +71,5 @@ def base() -> ml_collections.ConfigDict:
 
     config.predict = ml_collections.ConfigDict()
     config.predict.folder = ""
-    config.predict.out = "predictions"
+    config.predict.out = "runs/predictions"
     return config

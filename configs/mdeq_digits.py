@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.eval_batch_size = 100
     config.data.image_size = 8
     config.data.mean, config.data.std = (0.305,), (0.376,)
+    config.best_metric, config.best_mode = "loss", "min"
 
     config.model.head = "classification"
     config.model.n_classes = 10

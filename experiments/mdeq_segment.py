@@ -214,6 +214,8 @@ class SegmentationTask:
         Pictures may have any size: they are filled up with black at the bottom and on the right, and cut again.
         """
         options, data, multiple = self.config.predict, self.config.data, self.architecture.image_multiple
+        if not options.folder:
+            raise DataError("config.predict.folder is empty: name the folder with the pictures to label.")
         folder, Image = Path(options.out), pillow()
         folder.mkdir(parents=True, exist_ok=True)
         graph, state = nnx.split(model)

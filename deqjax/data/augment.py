@@ -10,9 +10,6 @@ import numpy as np
 
 from deqjax.data.images import pillow, unit
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-
 
 def normalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Pixels as `(x / largest - mean) / std` of every channel, in float32."""
@@ -82,7 +79,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     if image.dtype != np.uint8:
         # Pillow resizes 16 bits in no colour mode: plane by plane, as real numbers.
-        planes = [resize_plane(plane, height, width) for plane in np.moveaxis(image.astype(np.float32), -1, 0)]
+        planes = [_resize_plane(plane, height, width) for plane in np.moveaxis(image.astype(np.float32), -1, 0)]
         return np.rint(np.stack(planes, axis=-1)).astype(image.dtype)
     squeezed = image[..., 0] if image.shape[-1] == 1 else image
     Image = pillow()
@@ -90,7 +87,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return resized[..., None] if image.shape[-1] == 1 else resized
 
 
-def resize_plane(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resize_plane(plane: np.ndarray, height: int, width: int) -> np.ndarray:
     """The same of real numbers `[H, W]`."""
     Image = pillow()
     return np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize((width, height), Image.Resampling.BILINEAR))

@@ -102,10 +102,6 @@ def test_exported_weights_come_back(trained_classifier, tmp_path, capsys):
     assert classify([*elsewhere, f"--workdir={tmp_path}", "--mode=eval", f"--config.init_from={file}"]) == 0
     (test,) = [entry for entry in lines(workdir) if "test/accuracy" in entry]
     assert f"accuracy {test['test/accuracy']:.4g}" in capsys.readouterr().out
-    # A network of another size does not take them.
-    other = ["--config.model.final_channels=6", f"--config.init_from={file}", f"--workdir={tmp_path}", "--mode=eval"]
-    assert classify([*elsewhere, *other]) == 2
-    assert "final_channels is 4 there, 6 here" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +142,7 @@ def test_pictures_of_any_size_are_labelled(trained_segmenter, tmp_path, capsys):
     assert labels.mode == "P" and labels.size == (18, 13) and np.asarray(labels).max() < 4
     assert Image.open(tmp_path / "out" / "street_overlay.png").size == (18, 13)
     assert segment([*run, "--mode=predict"]) == 2
-    assert "no such folder" in capsys.readouterr().err
+    assert "config.predict.folder is empty" in capsys.readouterr().err
 
 
 def test_overlays_and_palettes():
@@ -193,15 +189,14 @@ def test_the_unrolled_phase_ends_and_regularised_steps_vary_their_budget():
 # Devices -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_mesh_computes_what_one_device_does():
+def test_eight_devices_compute_what_one_does():
     """The statistics of batch normalisation among the rest."""
     task = ClassificationTask(configured(mdeq_digits, DIGITS))
     expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
     assert any("mean" in path for path in expected)
-    for shape in ((8, 1, 1), (2, 2, 2)):
-        for path, array in loss_and_gradient(task, mesh_of(shape)).items():
-            scale = np.max(np.abs(expected[path]), initial=1e-2)
-            np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-5 * scale, err_msg=f"{shape} {'/'.join(path)}")
+    for path, array in loss_and_gradient(task, mesh_of((8, 1, 1))).items():
+        scale = np.max(np.abs(expected[path]), initial=1e-2)
+        np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-5 * scale, err_msg="/".join(path))
 
 
 @pytest.mark.parametrize("segments", [False, True])
@@ -219,6 +214,7 @@ def test_training_and_evaluation_lower_for_every_platform(segments):
     lowers_everywhere(lambda state, batch: task._metrics(graph, state, batch), state, evaluation)
 
 
+@pytest.mark.slow
 def test_memory_of_implicit_gradients_does_not_grow_with_the_steps_of_the_solver():
     memory = []
     for steps in (3, 30):
