@@ -37,9 +37,11 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     per_epoch = 2975 // data.batch_size
     config.steps = 500 * per_epoch
     config.eval_every = config.checkpoint_every = 5 * per_epoch
-    config.deq.f_max_iter, config.deq.b_max_iter = 27, 30
+    mdeq_cifar10.implicit(config.deq, 27, 30, "abs")
     config.training.pretrain_steps = 40_000 if variant == "xl" else 60_000
-    config.optimizer.weight_decay = 2e-4 if variant == "small" else 3e-4
+    config.training.pretrain_unroll = 3
+    mdeq_cifar10.sgd(config.optimizer, 0.01, 2e-4 if variant == "small" else 3e-4, nesterov=False)
+    config.optimizer.schedule = "poly"
     return config
 
 
@@ -62,10 +64,6 @@ def base() -> ml_collections.ConfigDict:
     config.loss.ohem_threshold = 0.9
     config.loss.ohem_min_kept = 131_072
 
-    mdeq_cifar10.implicit(config.deq, 27, 30, "abs")
-    mdeq_cifar10.sgd(config.optimizer, 0.01, 2e-4, nesterov=False)
-    config.optimizer.schedule = "poly"
-    config.training.pretrain_unroll = 3
     config.best_metric = "miou"
     config.pictures = 8  # overlays of test images
 

@@ -42,11 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deq.jac_loss_weight = 1.0
     config.deq.jac_loss_freq = 0.2
 
-    config.optimizer.name = "adam"
-    config.optimizer.momentum = 0.0
-    config.optimizer.weight_decay = 0.0
     config.optimizer.learning_rate = 5e-3
-    config.optimizer.schedule = "cosine"
     config.steps = 300
     config.log_every = 20
     config.eval_every = 150

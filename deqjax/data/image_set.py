@@ -132,7 +132,7 @@ def from_tfds(name: str, directory: str | os.PathLike, split: str) -> FromTFDS:
         return FromTFDS(source, builder.info.features["label"].names)
     except Exception as error:  # its own errors are of many types
         raise DataError(
-            f"TensorFlow Datasets cannot read {name} in {directory}: {str(error).splitlines()[0]} Prepare it in that form: "
+            f"TensorFlow Datasets cannot read {name} in {directory}: {str(error).partition(' Possible')[0]} Prepare it by "
             f"tfds.builder('{name}', data_dir=..., file_format='array_record').download_and_prepare()."
         ) from error
 

@@ -94,6 +94,15 @@ def test_a_cut_archive_is_an_error_and_a_pickle_runs_nothing(tmp_path):
         cifar10(tmp_path, "test")
 
 
+def test_prepared_sets_of_tfds_are_read_without_tensorflow(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "cifar10").mkdir()
+    with pytest.raises(DataError, match="cannot read cifar10"):
+        cifar10(tmp_path, "train")
+    with tfds.testing.mock_data(num_examples=7):
+        assert cifar10(tmp_path, "test").images.shape == (7, 32, 32, 3)
+
+
 # Folders and records -------------------------------------------------------------------------------------------------
 
 
