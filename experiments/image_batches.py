@@ -19,10 +19,15 @@ def chosen_rows(config, n_images: int, step: int) -> tuple[np.ndarray, list[tupl
     """
     B = config.data.batch_size
     epoch, part = divmod(step, n_images // B)
-    order = np.random.default_rng((config.seed, epoch)).permutation(n_images)
+    order = _order(config.seed, epoch, n_images)
     share, shares = process_share(make_mesh(config.get("mesh")))
     rows = np.split(np.arange(B), shares)[share]
     return order[part * B + rows], [(config.seed, step, int(row)) for row in rows]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, n_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n_images)
 
 
 def training_stream(config, jobs: Callable, in_memory: bool = False) -> Prefetch:

@@ -52,7 +52,7 @@ class ClassificationTask:
 
     name = "mdeq_classify"
     modes = ("train", "eval", "anytime", "export")
-    free_to_change = ("data.dir", "data.threads", "anytime", "export_path", "data.eval_batch_size")
+    free_to_change = ("data.dir", "data.threads", "data.ahead", "anytime", "export_path", "data.eval_batch_size")
 
     def __init__(self, config, splits: dict[str, ImageSet] | None = None):
         """Reads the data that the config names, or their list, unless they are given.
@@ -252,7 +252,7 @@ def _check_settings(config) -> None:
     in_memory = data.name in ("digits", "cifar10")
     if data.augment in (("resized_crop",) if in_memory else ("crop", "crop_flip")):
         raise ValueError(f"data.augment={data.augment!r} is not for data.name={data.name!r}.")
-    for name, least in (("batch_size", 2), ("eval_batch_size", 1), ("image_size", 1), ("resize", 1), ("ahead", 1)):
+    for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("image_size", 1), ("resize", 1), ("ahead", 1)):
         if data[name] < least:
             raise ValueError(f"data.{name}={data[name]}: must be {least} or more.")
     if not in_memory and data.resize < data.image_size:

@@ -53,7 +53,15 @@ class SegmentationTask:
 
     name = "mdeq_segment"
     modes = ("train", "eval", "anytime", "predict", "export")
-    free_to_change = ("data.dir", "data.threads", "data.eval_batch_size", "data.eval_align_corners", "anytime", "pictures")
+    free_to_change = (
+        "data.dir",
+        "data.threads",
+        "data.ahead",
+        "data.eval_batch_size",
+        "data.eval_align_corners",
+        "anytime",
+        "pictures",
+    )
     free_to_change += ("predict", "export_path")
 
     def __init__(self, config, splits: dict | None = None):
