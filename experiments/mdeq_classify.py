@@ -75,6 +75,10 @@ class ClassificationTask:
             raise ValueError(f"model.n_classes={self.architecture.n_classes}, but the data have {len(classes)} classes.")
         if len(self.splits["train"]) < config.data.batch_size:
             raise ValueError(f"data.batch_size={config.data.batch_size}, but there are {len(self.splits['train'])} images.")
+        images, multiple = self.splits["train"], self.architecture.image_multiple
+        size = images.images.shape[1:3] if isinstance(images, ImageArrays) else (config.data.image_size,) * 2
+        if any(n % multiple for n in size):
+            raise ValueError(f"images are {size[0]} x {size[1]}: height and width must be multiples of {multiple}.")
         self.items_per_step = ("images", config.data.batch_size)
         self.fingerprint = [list(classes), len(self.splits["train"])]
         self.damaged = {split: Damaged(say) for split in self.splits}

@@ -278,6 +278,7 @@ def test_cityscapes_is_cropped_in_training_and_whole_in_evaluation(tmp_path):
         ({"data.augment": "resized_crop"}, "is not for data.name='digits'"),
         ({"data.batch_size": 2000}, "there are 1197 images"),
         ({"model.n_classes": 7}, "the data have 10 classes"),
+        ({"model.downsample": 3}, "images are 8 x 8: height and width must be multiples of 16"),
         ({"training.pretrain_steps": 5, "deq.n_states": 2}, "the unrolled phase has one state"),
         ({"training.f_max_iter_jitter": 2}, "varies the solve of regularised steps"),
         ({"training.pretrain_unroll": 0}, "training.pretrain_unroll=0"),
