@@ -293,7 +293,7 @@ def test_settings_of_classification_that_cannot_be_are_refused(settings, message
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data.crop": (16, 18)}, r"data.crop=\(16, 18\): height and width must be multiples of 4"),
+        ({"data.crop": (16, 17)}, r"data.crop=\(16, 17\): height and width must be multiples of 2"),
         ({"loss.class_weights": True}, "those of Cityscapes"),
         (
             {"model.head": "classification", "model.head_channels": (2, 2), "model.final_channels": 4},
