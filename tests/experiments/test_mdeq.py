@@ -53,6 +53,14 @@ SHAPES = TINY | {"data.crop": (16, 16), "data.eval_size": (16, 16), "data.eval_b
 SHAPES |= {"data.eval_images": 12, "pictures": 3}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Much is compiled here, and little computed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def configured(base, settings, **more):
     config = base.get_config()
     config.update_from_flattened_dict(settings | more)

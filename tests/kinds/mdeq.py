@@ -24,10 +24,19 @@ from tests.golden import Case, close, trace_close
 TIGHT = {"f_solver": "picard", "f_max_iter": 1000, "f_tol": 1e-14, "f_stop_mode": "rel"}
 TIGHT |= {"b_solver": "picard", "b_max_iter": 1000, "b_tol": 1e-14, "b_stop_mode": "rel"}
 
-# Much is compiled here, and little computed.
-compiled = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
+
+def quickly(check):
+    """The check, compiled with few optimisations: much is compiled here, and little computed."""
+
+    @functools.wraps(check)
+    def run(case, sub=None):
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            check(case, sub)
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
+
+    return run
 
 
 # Models of the references --------------------------------------------------------------------------------------------
@@ -122,7 +131,7 @@ def gradients(model: MDEQ, loss):
     def of_params(params):
         return loss(nnx.merge(graph, params, rest, copy=True))
 
-    (value, aux), gradient = compiled(jax.value_and_grad(of_params, has_aux=True))(params)
+    (value, aux), gradient = jax.jit(jax.value_and_grad(of_params, has_aux=True))(params)
     return value, aux, nnx.merge(graph, gradient, rest)
 
 
@@ -144,7 +153,7 @@ def check_one_application(case: Case, model: MDEQ, masks=None):
     rtol, n = 1e-10, len(model.config.channels)
     graph, state = nnx.split(model)
 
-    @compiled
+    @jax.jit
     def apply(state, x, z):
         model = nnx.merge(graph, state)
         injection = model.encode(x)
@@ -237,7 +246,7 @@ def check_train(case: Case, sub=None):
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     opt_state = optimizer.init(params)
 
-    @compiled
+    @jax.jit
     def step(params, rest, opt_state, x, y):
         def of_params(params):
             model = nnx.merge(graph, params, rest, copy=True)
@@ -270,7 +279,7 @@ def check_train(case: Case, sub=None):
     for key, value in expected.items():
         close(exported[key], value, rtol=1e-7, what=f"{key} after {t} steps")
     if "out/logits_eval_after" in case:
-        evaluate = compiled(lambda state, x: nnx.merge(nnx.graphdef(trained), state)(x))
+        evaluate = jax.jit(lambda state, x: nnx.merge(nnx.graphdef(trained), state)(x))
         logits = evaluate(nnx.state(trained), images(case, "in/x0"))
         close(logits, case["out/logits_eval_after"], rtol=1e-7, what="logits after training")
 
@@ -287,7 +296,7 @@ def check_solver_traces(case: Case, sub=None):
         def f(z, tau=tau):
             return jax.tree.map(lambda x, y: x + tau * (y - x), z, model.cell(z, injection))
 
-        solved = compiled(lambda z, f=f, solver=solver: solve(f, z, solver))(model.initial_state(injection))
+        solved = jax.jit(lambda z, f=f, solver=solver: solve(f, z, solver))(model.initial_state(injection))
         close_maps(solved.value, case, f"out/{name}_z_{{}}", 1e-7)
         want = case[f"out/{name}_abs_trace"]
         skipped = solved.stats.abs_trace.shape[1] + 1 - want.shape[1]
@@ -418,7 +427,7 @@ def check_aux(case: Case, sub=None):
     close(repeat_pixels(x, 4).transpose(0, 3, 1, 2), case["out/nearest_x4"], rtol=0, what="nearest")
 
 
-KINDS = {
+_CHECKS = {
     "implicit": check_implicit,
     "phantom": check_phantom,
     "train": check_train,
@@ -427,3 +436,4 @@ KINDS = {
     "vision": check_vision,
     "aux": check_aux,
 }
+KINDS = {kind: quickly(check) for kind, check in _CHECKS.items()}
