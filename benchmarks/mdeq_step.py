@@ -68,7 +68,7 @@ def measure(config, size: tuple[int, int], steps: int = 2) -> dict[str, float]:
       median), cpu_s (of all cores), loss, peak_gib (of the process so far).
     """
     task = make_task(config, size)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.get("mesh"))
     # The unrolled phase is left out: it is short, and its memory grows with its steps.
     task.training["pretrain_steps"] = 0
     batch = place_batch(mesh, task.data("train").batch(0))

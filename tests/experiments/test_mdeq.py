@@ -230,15 +230,11 @@ def test_training_and_evaluation_lower_for_every_platform(segments):
 def test_memory_of_implicit_gradients_does_not_grow_with_the_steps_of_the_solver():
     memory = []
     for steps in (3, 30):
-        changes = {"model.size": "", "deq.f_max_iter": steps, "deq.b_max_iter": steps, "data.batch_size": 8}
-        config = configured(mdeq_shapes, SHAPES | mdeq_step_implicit(), **changes)
+        config = configured(mdeq_shapes, SHAPES, **{"data.batch_size": 8})
+        config.deq.update(mdeq_step.IMPLICIT | {"f_max_iter": steps, "b_max_iter": steps})
         memory.append(mdeq_step.measure(config, (32, 32), steps=0)["temporary_gib"])
     # Two traces of residuals per image grow.
     assert memory[1] - memory[0] < 1e-4 * memory[0] + 4 * 27 * 8 * 8 / 2**30
-
-
-def mdeq_step_implicit():
-    return {f"deq.{name}": value for name, value in mdeq_step.IMPLICIT.items() if name not in ("preset", "f_options")}
 
 
 # Data and settings ---------------------------------------------------------------------------------------------------
