@@ -1,0 +1,341 @@
+"""Image experiments: from training to pictures, the phases of training, meshes and other platforms, what they refuse."""
+
+import json
+import pathlib
+import re
+import shlex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from benchmarks import mdeq_step
+from configs import mdeq_cifar10, mdeq_cityscapes, mdeq_digits, mdeq_imagenet, mdeq_shapes
+from deqjax.nn.config import DEQConfig
+from deqjax.training.main import parse
+from deqjax.training.mesh import place_batch
+from deqjax.training.step import prepare, step_function
+from experiments.image_pictures import overlay, voc_palette
+from experiments.image_training import TRAINING, forward, jacobian_weight
+from experiments.mdeq_classify import ClassificationTask
+from experiments.mdeq_classify import main as classify
+from experiments.mdeq_segment import SegmentationTask
+from experiments.mdeq_segment import main as segment
+from tests.data.test_image_sets import write_cityscapes, write_folders
+from tests.training.lowering import lowers_everywhere
+from tests.training.meshes import loss_and_gradient, mesh_of
+
+# Everything small, plain steps, one step for the gradient: what compiles fastest.
+TINY = {
+    "deq.f_solver": "picard",
+    "deq.f_max_iter": 4,
+    "deq.eval_f_max_iter": 3,
+    "deq.hook_ift": False,
+    "deq.jac_loss_weight": 0.0,
+    "model.channels": (4, 4),
+    "model.n_groups": 2,
+    "model.expansion": 2.0,
+    "model.dropout": 0.0,
+    "optimizer.name": "sgd",
+    "optimizer.momentum": 0.9,
+    "data.batch_size": 16,
+    "steps": 2,
+    "log_every": 1,
+    "eval_every": 2,
+    "checkpoint_every": 2,
+}
+# One map here, two in segmentation.
+DIGITS = TINY | {"model.channels": (4,), "model.head_channels": (2,), "model.final_channels": 4, "data.eval_batch_size": 160}
+SHAPES = TINY | {"data.crop": (16, 16), "data.eval_size": (16, 16), "data.eval_batch_size": 8, "data.train_images": 32}
+SHAPES |= {"data.eval_images": 12, "pictures": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    """Much is compiled here, and little computed."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def configured(base, settings, **more):
+    config = base.get_config()
+    config.update_from_flattened_dict(settings | more)
+    return config
+
+
+def flags(settings):
+    return [f"--config.{name}={value}" for name, value in settings.items()]
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+# From training to pictures -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_classifier(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("classifier")
+    run = ["classify", "--config=configs/mdeq_digits.py", f"--workdir={workdir}", *flags(DIGITS)]
+    assert classify(run) == 0
+    return workdir, run
+
+
+def test_a_classifier_trains_evaluates_and_shows_its_confusion(trained_classifier):
+    workdir, _ = trained_classifier
+    entries = lines(workdir)
+    (test,) = [entry for entry in entries if "test/accuracy" in entry]
+    assert 0 <= test["test/accuracy"] <= 1 and test["test/forward/steps"] == 3
+    assert [entry["train/forward/steps"] for entry in entries if "train/loss" in entry] == [4, 4]
+    assert Image.open(workdir / "confusion.png").size[0] > 100
+
+
+def test_one_solve_gives_the_accuracy_at_every_number_of_steps(trained_classifier, tmp_path, capsys):
+    workdir, run = trained_classifier
+    assert classify([*run, "--mode=anytime", f"--config.anytime.out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "anytime.json").read_text())
+    assert [row["steps"] for row in rows] == [1, 2, 3] and (tmp_path / "anytime.png").is_file()
+    # The last row is what evaluation with that budget finds.
+    (test,) = [entry for entry in lines(workdir) if "test/accuracy" in entry]
+    np.testing.assert_allclose(rows[-1]["accuracy"], test["test/accuracy"], atol=1e-6)
+    np.testing.assert_allclose(rows[-1]["loss"], test["test/loss"], rtol=1e-5)
+    np.testing.assert_allclose(rows[-1]["residual"], test["test/forward/rel"], rtol=1e-4)
+    assert "3  accuracy" in capsys.readouterr().out
+
+
+def test_exported_weights_come_back(trained_classifier, tmp_path, capsys):
+    workdir, run = trained_classifier
+    file = tmp_path / "weights.safetensors"
+    assert classify([*run, "--mode=export", f"--config.export_path={file}"]) == 0
+    elsewhere = [argument for argument in run if not argument.startswith("--workdir")]
+    assert classify([*elsewhere, f"--workdir={tmp_path}", "--mode=eval", f"--config.init_from={file}"]) == 0
+    (test,) = [entry for entry in lines(workdir) if "test/accuracy" in entry]
+    assert f"accuracy {test['test/accuracy']:.4g}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def trained_segmenter(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("segmenter")
+    run = ["segment", "--config=configs/mdeq_shapes.py", f"--workdir={workdir}", *flags(SHAPES)]
+    assert segment(run) == 0
+    return workdir, run
+
+
+def test_a_segmenter_trains_evaluates_and_shows_overlays(trained_segmenter):
+    workdir, _ = trained_segmenter
+    (test,) = [entry for entry in lines(workdir) if "test/miou" in entry]
+    ious = [test[f"test/iou/{name}"] for name in ("ground", "disc", "square", "triangle")]
+    np.testing.assert_allclose(test["test/miou"], np.mean(ious))
+    assert 0 <= test["test/pixel_accuracy"] <= 1 and (workdir / "confusion.png").is_file()
+    pictures = sorted((workdir / "overlays").iterdir())
+    assert len(pictures) == 3 and Image.open(pictures[0]).size == (48, 16)
+
+
+def test_one_solve_gives_the_miou_at_every_number_of_steps(trained_segmenter, tmp_path):
+    workdir, run = trained_segmenter
+    assert segment([*run, "--mode=anytime", f"--config.anytime.out={tmp_path}", "--config.anytime.steps=(1,3)"]) == 0
+    rows = json.loads((tmp_path / "anytime.json").read_text())
+    (test,) = [entry for entry in lines(workdir) if "test/miou" in entry]
+    assert [row["steps"] for row in rows] == [1, 3]
+    np.testing.assert_allclose([rows[-1][name] for name in ("miou", "loss")], [test["test/miou"], test["test/loss"]], rtol=1e-5)
+
+
+def test_pictures_of_any_size_are_labelled(trained_segmenter, tmp_path, capsys):
+    _, run = trained_segmenter
+    (tmp_path / "in").mkdir()
+    picture = np.random.default_rng(0).integers(0, 256, (13, 18, 3), np.uint8)
+    Image.fromarray(picture).save(tmp_path / "in" / "street.png")
+    predict = [*run, "--mode=predict", f"--config.predict.folder={tmp_path / 'in'}", f"--config.predict.out={tmp_path / 'out'}"]
+    assert segment(predict) == 0
+    labels = Image.open(tmp_path / "out" / "street_labels.png")
+    assert labels.mode == "P" and labels.size == (18, 13) and np.asarray(labels).max() < 4
+    assert Image.open(tmp_path / "out" / "street_overlay.png").size == (18, 13)
+    assert segment([*run, "--mode=predict"]) == 2
+    assert "config.predict.folder is empty" in capsys.readouterr().err
+
+
+def test_overlays_and_palettes():
+    image, labels = np.full((2, 2, 1), 0.5), np.asarray([[0, 1], [255, 1]])
+    out = overlay(image, labels, np.asarray([[255, 0, 0], [0, 255, 0]]), alpha=0.5)
+    np.testing.assert_allclose(out[0, 0], [0.75, 0.25, 0.25])
+    np.testing.assert_allclose(out[1, 0], [0.5, 0.5, 0.5])
+    np.testing.assert_array_equal(voc_palette(4), [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])
+
+
+# The phases of training ----------------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_the_jacobian_term_follows_the_published_schedule():
+    deq = DEQConfig(jac_loss_weight=2.0, jac_loss_freq=1.0, jac_incremental=10)
+    training = TRAINING | {"pretrain_steps": 5, "pretrain_jac_loss_weight": 0.03, "jac_stop_step": 40}
+    weights = [float(jacobian_weight(deq, training, jnp.asarray(step))) for step in (0, 4, 5, 14, 15, 26, 39, 40)]
+    np.testing.assert_allclose(weights, [0.03, 0.03, 2.0, 2.0, 2.1, 2.2, 2.3, 0.0], rtol=1e-6)
+
+
+def test_the_unrolled_phase_ends_and_regularised_steps_vary_their_budget():
+    phases = {"training.pretrain_steps": 1, "training.pretrain_unroll": 2, "training.f_max_iter_jitter": 3}
+    jacobian = {"deq.jac_loss_weight": 1.0, "deq.jac_loss_freq": 0.7, "deq.f_tol": 0.0}
+    task = ClassificationTask(configured(mdeq_digits, DIGITS, **phases, **jacobian))
+    graph, state = nnx.split(task.model(nnx.Rngs(0)))
+
+    @jax.jit
+    def run(state, step):
+        images = jnp.ones((2, 8, 8, 1)) * jnp.arange(2.0)[:, None, None, None]
+        key = jax.random.fold_in(jax.random.key(0), step)
+        out = forward(nnx.merge(graph, state, copy=True), images, key, step, task.training)
+        return out.vitals["forward/steps"][0] / 2, out.jacobian
+
+    taken, terms = np.asarray([run(state, step) for step in range(12)]).T
+    assert taken[0] == 2 and terms[0] == 0
+    taken, regularised = taken[1:], terms[1:] > 0
+    assert 0 < regularised.sum() < 11
+    assert set(taken[~regularised]) == {4.0} and set(taken[regularised]) <= {1.0, 2.0, 3.0, 4.0, 5.0}
+    assert len(set(taken[regularised])) > 1
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
+
+
+def test_eight_devices_compute_what_one_does():
+    """The statistics of batch normalisation among the rest."""
+    task = ClassificationTask(configured(mdeq_digits, DIGITS))
+    expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
+    assert any("mean" in path for path in expected)
+    for path, array in loss_and_gradient(task, mesh_of((8, 1, 1))).items():
+        scale = np.max(np.abs(expected[path]), initial=1e-2)
+        np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-5 * scale, err_msg="/".join(path))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_training_and_evaluation_lower_for_every_platform(segments):
+    task = (
+        SegmentationTask(configured(mdeq_shapes, SHAPES)) if segments else ClassificationTask(configured(mdeq_digits, DIGITS))
+    )
+    mesh = mesh_of((2, 2, 2))
+    batch = place_batch(mesh, task.data("train").batch(0))
+    program = prepare(task, task.config, mesh, batch)
+    lowers_everywhere(step_function(task, task.config, program, 1), program.shapes, batch)
+    model = nnx.eval_shape(lambda: task.model(nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    evaluation = next(iter(task._evaluation("test")))
+    lowers_everywhere(lambda state, batch: task._metrics(graph, state, batch), state, evaluation)
+
+
+@pytest.mark.slow
+def test_memory_of_implicit_gradients_does_not_grow_with_the_steps_of_the_solver():
+    memory = []
+    for steps in (3, 30):
+        config = configured(mdeq_shapes, SHAPES, **{"data.batch_size": 8})
+        config.deq.update(mdeq_step.IMPLICIT | {"f_max_iter": steps, "b_max_iter": steps})
+        memory.append(mdeq_step.measure(config, (32, 32), steps=0)["temporary_gib"])
+    # Two traces of residuals per image grow.
+    assert memory[1] - memory[0] < 1e-4 * memory[0] + 4 * 27 * 8 * 8 / 2**30
+
+
+# Data and settings ---------------------------------------------------------------------------------------------------
+
+
+def folders_config(root):
+    config = mdeq_imagenet.get_config("small")
+    changes = {"data.dir": str(root), "data.batch_size": 2, "data.eval_batch_size": 3, "data.image_size": 32, "data.resize": 36}
+    config.update_from_flattened_dict(changes | {"model.n_classes": 2})
+    return config
+
+
+def test_damaged_images_are_replaced_in_training_and_do_not_count_in_evaluation(tmp_path, capsys):
+    for split in ("train", "val"):
+        write_folders(tmp_path / split)
+        (tmp_path / split / "n02" / "1.JPEG").write_bytes(b"broken")
+    task = ClassificationTask(folders_config(tmp_path))
+    stream = task.data("train")
+    for step in range(4):
+        batch = stream.batch(step)
+        assert batch["images"].shape == (2, 32, 32, 3) and batch["labels"].shape == (2,)
+        for name, array in task.data("train").batch(step).items():
+            np.testing.assert_array_equal(array, batch[name])
+    batches = list(task._evaluation("test"))
+    np.testing.assert_array_equal(np.concatenate([b["counted"] for b in batches]), [True, True, True, False, False, False])
+    assert len(task.damaged["test"]) == len(task.damaged["train"]) == 1
+    assert "n02/1.JPEG" in capsys.readouterr().out
+
+
+def test_cityscapes_is_cropped_in_training_and_whole_in_evaluation(tmp_path):
+    for split in ("train", "val"):
+        write_cityscapes(tmp_path, split, size=(64, 128))
+    config = mdeq_cityscapes.get_config("small")
+    changes = {"data.dir": str(tmp_path), "data.crop": (32, 64), "data.eval_size": (64, 128), "data.batch_size": 2}
+    config.update_from_flattened_dict(changes | {"data.base_size": 128})
+    task = SegmentationTask(config)
+    batch = task.data("train").batch(0)
+    assert batch["images"].shape == (2, 32, 64, 3) and set(np.unique(batch["labels"])) <= {0, 13, 18, 255}
+    (first, _) = task._evaluation("test")
+    assert first["images"].shape == (1, 64, 128, 3) and first["counted"][0]
+    config.data.eval_size = (32, 64)
+    assert not any(batch["counted"][0] for batch in SegmentationTask(config)._evaluation("test"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.name": "mnist"}, "data.name='mnist': must be one of"),
+        ({"data.augment": "resized_crop"}, "is not for data.name='digits'"),
+        ({"data.batch_size": 2000}, "there are 1197 images"),
+        ({"model.n_classes": 7}, "the data have 10 classes"),
+        ({"model.downsample": 4}, "images are 8 x 8: height and width must be multiples of 16"),
+        ({"training.pretrain_steps": 5, "deq.n_states": 2}, "the unrolled phase has one state"),
+        ({"training.f_max_iter_jitter": 2}, "varies the solve of regularised steps"),
+        ({"training.pretrain_unroll": 0}, "training.pretrain_unroll=0"),
+        ({"model.head": "segmentation"}, "experiments.mdeq_segment"),
+    ],
+)
+def test_settings_of_classification_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClassificationTask(configured(mdeq_digits, DIGITS | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.crop": (16, 17)}, r"data.crop=\(16, 17\): height and width must be multiples of 2"),
+        ({"loss.class_weights": True}, "those of Cityscapes"),
+        (
+            {"model.head": "classification", "model.head_channels": (2, 2), "model.final_channels": 4},
+            "experiments.mdeq_classify",
+        ),
+        ({"data.augment": "crop"}, "data.augment='crop'"),
+    ],
+)
+def test_settings_of_segmentation_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationTask(configured(mdeq_shapes, SHAPES | settings))
+
+
+RECIPES = [(mdeq_cifar10, v) for v in mdeq_cifar10.VARIANTS] + [(mdeq_imagenet, v) for v in mdeq_imagenet.VARIANTS]
+RECIPES += [(mdeq_cityscapes, v) for v in mdeq_cityscapes.VARIANTS]
+
+
+@pytest.mark.parametrize(("module", "variant"), RECIPES, ids=lambda x: getattr(x, "__name__", x))
+def test_every_published_recipe_builds_its_task(module, variant):
+    config = module.get_config(variant)
+    config.data.batch_size = 2
+    size = (32, 32) if module is mdeq_cifar10 else (64, 64)
+    task = mdeq_step.make_task(config, size)
+    assert task.architecture.n_classes == {mdeq_cifar10: 10, mdeq_imagenet: 1000, mdeq_cityscapes: 19}[module]
+    with pytest.raises(ValueError, match="no variant"):
+        module.get_config("huge")
+
+
+def test_the_commands_of_the_page_parse():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "mdeq.md").read_text()
+    commands = re.findall(r"`(python -m experiments\.mdeq_\w+ [^`]+)`", text)
+    assert len(commands) >= 5
+    for command in commands:
+        task = SegmentationTask if "mdeq_segment" in command else ClassificationTask
+        assert parse(shlex.split(command)[2:], task.modes).config.steps > 0
+    for name in re.findall(r"mdeq_\w+\.(?:py|png)", text):
+        assert list(pathlib.Path(__file__).parents[2].glob(f"*/{name}")), name
