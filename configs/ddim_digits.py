@@ -1,0 +1,42 @@
+"""A diffusion model of scikit-learn's handwritten digits, padded to 16x16: no download, minutes on two CPU cores.
+
+    python -m experiments.deq_ddim --config configs/ddim_digits.py
+    python -m experiments.deq_ddim --config configs/ddim_digits.py --mode compare
+
+Results, their time and hardware: docs/ddim.md.
+"""
+
+import ml_collections
+
+from configs import ddim_cifar10
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    if variant:
+        raise ValueError(f"configs/ddim_digits.py has no variant {variant!r}.")
+    config = ddim_cifar10.get_config()
+    config.data.name = "digits"
+    config.data.dir = ""
+    config.data.batch_size = 64
+    config.data.flip = False
+    config.data.eval_batch_size = 60
+    config.data.eval_images = 179
+
+    config.model.image_size = 16
+    config.model.image_channels = 1
+    config.model.width = 32
+    config.model.multipliers = (1, 2)
+    config.model.n_blocks = 1
+    config.model.attention = (8,)
+    config.model.dropout = 0.0
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.optimizer.max_steps = config.get_oneway_ref("steps")
+    config.ema = 0.995
+    config.steps = 2000
+    config.log_every = 50
+    config.eval_every = 500
+    config.checkpoint_every = 250
+    return config
