@@ -30,6 +30,18 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.attention = (8,)
     config.model.dropout = 0.0
 
+    config.sampler.timesteps = 50
+    config.sampler.selection = "uniform"
+    config.out = "runs/ddim_digits/out"
+    config.sample.batch_size = 16
+    config.invert.images = 4
+    config.invert.learning_rate = 0.02
+    config.invert.steps = 80
+    config.invert.stop_below = 0.0
+    config.eval.n = 256
+    config.eval.features = "pixels"
+    config.compare.timesteps = (10, 50, 1000)
+
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"

@@ -19,11 +19,25 @@ from deqjax.core.naming import did_you_mean
 from deqjax.data.image_sets import ImageBatches, take
 from deqjax.interop.ddim import export_ddim, load_ddim, published_name
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
-from deqjax.models.ddim import UNet, UNetConfig, betas, signal_rates, with_dtype
+from deqjax.models.ddim import (
+    Chain,
+    UNet,
+    UNetConfig,
+    betas,
+    chain_denoiser,
+    check_finite,
+    encode,
+    sample_ddim,
+    signal_rates,
+    with_dtype,
+)
 from deqjax.training.console import say
 from deqjax.training.mesh import make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
 from experiments.ddim_data import DATA, read
+from experiments.ddim_inversion import GRADIENTS, invert
+from experiments.ddim_sampling import METHODS, Sampler, chain_of, compare, sample, solver_of
+from experiments.fid import Moments, frechet_distance, load_features
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -33,7 +47,7 @@ class DiffusionTask:
 
     name = "deq_ddim"
     modes = ("train", "sample", "invert", "eval", "compare", "export")
-    free_to_change = ("data.dir", "sampler", "sample", "invert", "eval", "compare", "export_path")
+    free_to_change = ("data.dir", "sampler", "sample", "invert", "eval", "compare", "out", "export_path")
 
     def __init__(self, config, splits=None):
         """Reads the images that the config names, unless they are given.
@@ -47,6 +61,8 @@ class DiffusionTask:
         self.architecture = UNetConfig(**config.model)
         d = config.diffusion
         self.rates = signal_rates(betas(d.schedule, d.timesteps, d.start, d.end))
+        # What is wrong with the sampler shows now, not after training.
+        solver_of(config, len(chain_of(config, self.rates)))
         self.splits = read(config) if splits is None else splits
         self.items_per_step = ("images", config.data.batch_size)
         self.fingerprint = [config.data.name, len(self.splits["train"])]
@@ -119,6 +135,60 @@ class DiffusionTask:
         error = jnp.sum(self._error(nnx.merge(graph, state), x, t, noise), axis=(1, 2, 3))
         return {"loss": (jnp.sum(error * counted), jnp.sum(counted) * x[0].size)}
 
+    def report(self, model: UNet) -> None:
+        """Prints the loss, the error of encoding and decoding, and of samples their cost and, if asked for, their FID."""
+        config, c = self.config, self.config.eval
+        say(f"held-out loss per pixel: {self.evaluate(model, 'test')['loss']:.5f}")
+        sampler = Sampler(config, self.rates, model)
+        chain = sampler.chain
+        images = as_signal(jnp.asarray(take(self.splits["test"], range(min(c.batch_size, len(self.splits["test"]))))))
+        # Backwards there is no noise.
+        quiet = Chain.create(self.rates, chain.t[::-1])
+
+        def decoded(model, x):
+            denoise = chain_denoiser(model, quiet)
+            return sample_ddim(denoise, quiet, encode(denoise, quiet, x)[:, -1]).image
+
+        decoded = sampler.compiled(decoded)
+        error = np.asarray(jnp.sum(jnp.square(decoded(images) - images), axis=(1, 2, 3)))
+        say(
+            f"encoded and decoded in {len(chain)} timesteps each: squared error {error.mean():.4g} per image in [-1, 1], "
+            f"RMS {np.sqrt(error.mean() / images[0].size):.4g} per pixel, over {len(images)} held-out images"
+        )
+        features = load_features(c.features) if c.features else None
+        seen, calls, evaluations, seconds = Moments(), [], 0, 0.0
+        n = -(-c.n // c.batch_size)
+        sampler(*sampler.latents(range(c.batch_size)))  # compiles
+        for start in range(0, n * c.batch_size, c.batch_size):
+            outcome = sampler(*sampler.latents(range(start, start + c.batch_size)))
+            check_finite(outcome.failed_at, chain)
+            calls.append(outcome.calls)
+            evaluations, seconds = evaluations + outcome.evaluations, seconds + outcome.seconds
+            if features:
+                wanted = min(c.n - start, c.batch_size)
+                seen.add(features(np.rint(255 * np.clip((outcome.images[:wanted] + 1) / 2, 0, 1)).astype(np.uint8)))
+        say(
+            f"{n} batches of {c.batch_size} samples, {sampler.method}, {len(chain)} timesteps: {np.mean(calls):.1f} calls of "
+            f"the network in sequence, {evaluations / (n * c.batch_size):.1f} evaluations per image, {seconds / n:.3g} s each"
+        )
+        if features:
+            train, B = self.splits["train"], c.batch_size
+            indices = range(min(len(train), c.reference))
+            batches = (take(train, indices[start : start + B]) for start in range(0, len(indices), B))
+            distance = frechet_distance(seen, Moments.of(features, batches))
+            say(f"FID with the features of {c.features}: {distance:.4g}, {c.n} samples against {len(indices)} training images")
+
+    # Sampling and inversion ------------------------------------------------------------------------------------------
+
+    def sample(self, model: UNet) -> str:
+        return sample(self.config, self.rates, model)
+
+    def invert(self, model: UNet) -> str:
+        return invert(self.config, self.rates, model, self.splits["train"])
+
+    def compare(self, model: UNet) -> str:
+        return compare(self.config, self.rates, model)
+
 
 def as_signal(images):
     """Images of 8 bits as numbers from -1 to 1."""
@@ -127,13 +197,27 @@ def as_signal(images):
 
 def _check_settings(config) -> None:
     """Raises ValueError for a setting that cannot be."""
-    for name, value, known in (("data.name", config.data.name, DATA), ("dtype", config.dtype, DTYPES)):
+    choices = {"data.name": (config.data.name, DATA), "dtype": (config.dtype, DTYPES)}
+    choices |= {"sampler.method": (config.sampler.method, METHODS), "invert.start": (config.invert.start, ("noise", "encode"))}
+    choices |= {f"invert.gradients[{i}]": (name, GRADIENTS) for i, name in enumerate(config.invert.gradients)}
+    for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name}={value!r}{did_you_mean(str(value), known)}. There are: {', '.join(known)}.")
-    data = config.data
-    for name in ("batch_size", "eval_batch_size", "eval_images"):
-        if data[name] < 1:
-            raise ValueError(f"data.{name}={data[name]}: must be 1 or more.")
+    least = {
+        "data": ("batch_size", "eval_batch_size", "eval_images"),
+        "sample": ("n", "batch_size"),
+        "eval": ("n", "batch_size"),
+    }
+    least |= {"invert": ("images", "steps"), "compare": ("images", "repeats")}
+    for section, names in least.items():
+        for name in names:
+            if config[section][name] < 1:
+                raise ValueError(f"{section}.{name}={config[section][name]}: must be 1 or more.")
+    for name in ("window", "chunk", "max_steps"):
+        if config.sampler[name] < 0:
+            raise ValueError(f"sampler.{name}={config.sampler[name]}: must be 0 or more.")
+    if not config.sampler.tol > 0:
+        raise ValueError(f"sampler.tol={config.sampler.tol}: must be positive.")
 
 
 def main(argv=None):

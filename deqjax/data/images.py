@@ -1,5 +1,6 @@
 """Pictures in files: any kind that people have, read into one array form."""
 
+import io
 import os
 import pathlib
 import struct
@@ -13,14 +14,14 @@ from deqjax.data.errors import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
+def read_image(path: str | os.PathLike | io.BufferedIOBase, channels: int = 3) -> np.ndarray:
     """The picture in a file, `[H, W, channels]`, 8 bits unsigned, or 16 if it is grey and the file has 16.
 
     Palettes are looked up, CMYK becomes RGB, an alpha channel is dropped; grey is repeated for three channels, and colour
     becomes its luma (ITU-R 601) for one. The first frame of several counts.
 
     Args:
-      path: of the file.
+      path: of the file, or the file itself, opened.
       channels: 3 for RGB, 1 for grey.
 
     Raises:

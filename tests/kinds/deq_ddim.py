@@ -1,12 +1,34 @@
 """Golden kinds of the diffusion model. References are laid out `[.., C, H, W]`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
+from deqjax import Implicit, Phantom, Picard, Status, TriangularAnderson, solve
+from deqjax.core.hoist import hoist
 from deqjax.interop.ddim import entries, export_ddim, load_ddim
-from deqjax.models.ddim import Chain, UNet, UNetConfig, betas, select_timesteps, signal_rates
+from deqjax.models.ddim import (
+    Chain,
+    JointSystem,
+    UNet,
+    UNetConfig,
+    attach,
+    betas,
+    chain_denoiser,
+    encode,
+    inversion,
+    one_step_gradient,
+    sample_ddim,
+    sample_ddpm,
+    select_timesteps,
+    sequential_gradient,
+    signal_rates,
+    solve_joint,
+)
 from deqjax.models.ddim.unet import sinusoid
 from tests.golden import Case, close
 
@@ -149,7 +171,172 @@ def check_unet(case: Case, sub=None):
     check_gradients(gradient, case, rtol=SINUSOID)
 
 
+# Sampling ------------------------------------------------------------------------------------------------------------
+
+
+def chain_of(case: Case) -> Chain:
+    timesteps = select_timesteps(case.meta["skip_type"], case.meta["T"], dedupe=False)
+    np.testing.assert_array_equal(timesteps, case["in/seq"])
+    return Chain.create(rates_of(case), timesteps, case.meta.get("eta", 0.0))
+
+
+def joint(x, B):
+    """The references' joint state, `[B T, C, H, W]`, in ours."""
+    return last(x.reshape(B, -1, *x.shape[1:]))
+
+
+def check_joint_sampling(case: Case, sub=None):
+    model, chain = unet_of(case), chain_of(case)
+    B, T = case.meta["B"], len(chain)
+    denoise, x_T = chain_denoiser(model, chain), last(case["in/x_T"])
+    noise = joint(case["in/noise"], B) if "in/noise" in case else None
+    expected = last(case["out/z_star"])
+
+    sampled = jax.jit(lambda x: sample_ddim(denoise, chain, x, noise))(x_T)
+    close(first(sampled.trajectory), case["out/seq_traj"], rtol=SINUSOID, what="sequential trajectory")
+    close(first(sampled.predictions), case["out/x0_preds"], rtol=SINUSOID, what="predicted images")
+    close(first(sampled.image), case["out/sample"], rtol=SINUSOID, what="sample")
+
+    system = JointSystem(denoise, chain)
+    f = jax.jit(system.map(x_T, noise))
+    once = f(joint(case["in/z_probe"], B))
+    close(first(once), case["out/f_once"].reshape(B, T, *case["out/f_once"].shape[1:]), rtol=SINUSOID, what="f")
+    z, errors, norms = jnp.repeat(x_T[:, None], T, axis=1), [], []
+    for i in range(T):
+        image = f(z)
+        norms.append(jnp.linalg.norm(image - z))
+        z = image
+        errors.append(jnp.max(jnp.abs(z - sampled.trajectory), axis=(2, 3, 4)))
+        if f"out/fp_iterate_{i + 1}" in case:
+            close(z, joint(case[f"out/fp_iterate_{i + 1}"], B), rtol=SINUSOID, what=f"iterate {i + 1}")
+        # One more slot is exact after each evaluation.
+        assert jnp.max(errors[-1][:, : i + 1]) < 1e-11
+    close(jnp.stack(errors), case["out/fp_err_vs_seq"], rtol=SINUSOID, what="errors of the plain iteration")
+    close(norms, case["out/fp_residual_norm"], rtol=SINUSOID, what="residuals of the plain iteration")
+    close(z, expected, rtol=SINUSOID, what="fixed point")
+
+    solver = TriangularAnderson(max_steps=T, tol=1e-13)
+    solution = jax.jit(lambda x: solve_joint(system, x, noise, solver=solver))(x_T)
+    assert np.all(solution.stats.status == Status.CONVERGED) and int(solution.calls) <= T
+    close(solution.trajectory, z, rtol=1e-11, what="accelerated")
+
+
+def check_ddpm(case: Case, sub=None):
+    model, chain = unet_of(case), chain_of(case)
+    denoise = chain_denoiser(model, chain)
+    sampled = jax.jit(lambda x, z: sample_ddpm(denoise, chain, x, z))(last(case["in/x_T"]), last(case["in/noise"]))
+    close(first(sampled.trajectory), case["out/traj"], rtol=SINUSOID, what="trajectory")
+    close(first(sampled.predictions), case["out/x0_preds"], rtol=SINUSOID, what="predicted images")
+
+
+def check_trained(case: Case, sub=None):
+    """A trained network: how fast the plain iteration goes, and the original's Anderson, evaluation by evaluation."""
+    model, x_T, rates = unet_of(case), last(case["in/x_T"]), rates_of(case)
+    for tag in case.meta["tags"]:
+        selection, T = ("uniform", 50) if tag.startswith("uniform") else ("quad", 100)
+        chain = Chain.create(rates, select_timesteps(selection, T, dedupe=False))
+        denoise = chain_denoiser(model, chain)
+        system = JointSystem(denoise, chain)
+        sampled = jax.jit(lambda x, d=denoise, c=chain: sample_ddim(d, c, x))(x_T)
+        close(first(sampled.image), case[f"out/{tag}/seq_sample"], rtol=SINUSOID, what=f"{tag}: sample")
+        close(first(sampled.trajectory[0]), case[f"out/{tag}/seq_traj_f32"], rtol=SINUSOID, what=f"{tag}: trajectory")
+
+        @jax.jit
+        def plain(z, f=system.map(x_T), exact=sampled.trajectory):
+            def step(z, _):
+                image = f(z)
+                difference = jnp.abs(image - exact)
+                relative = jnp.linalg.norm(image - z) / jnp.linalg.norm(image)
+                return image, jnp.stack([relative, jnp.max(difference[:, -1]), jnp.max(difference)])
+
+            return jax.lax.scan(step, z, length=45)[1]
+
+        z = jnp.repeat(x_T[:, None], T, axis=1)
+        trace = plain(z)
+        close(trace, case[f"out/{tag}/fp_trace"], rtol=SINUSOID, what=f"{tag}: plain iteration")
+        below = lambda tol, trace=trace: int(np.argmax(np.asarray(trace[:, 1]) < tol)) + 1
+        for tol in ("1e-3", "1e-6"):
+            assert below(float(tol)) == case.meta["results"][f"{tag}_fp_iters_to_{tol}"]
+
+        for memory in (3, 5):
+            want = case[f"out/{tag}/upstream_anderson_m{memory}_residuals"]
+            original = {"weights": "slot", "ridge": 1e-3, "ridge_mode": "absolute", "memory": memory}
+            solver = TriangularAnderson(max_steps=15, return_final=True, **original)
+            stats = jax.jit(lambda z, s=solver, f=system.map(x_T): solve(hoist(f, z), z, s))(z).stats
+            # It logs from its third evaluation on, and stops when it is satisfied.
+            got = np.stack([stats.abs_trace[0], stats.rel_trace[0]], axis=1)[2 : 2 + len(want)]
+            close(got, want, rtol=1e-4, what=f"{tag}: the original's Anderson, m={memory}")
+
+
+# Inversion -----------------------------------------------------------------------------------------------------------
+
+
+def check_inversion(case: Case, sub=None):
+    model, chain = unet_of(case), chain_of(case)
+    x_T, target, T = last(case["in/x_T"]), last(case["in/x_target"]), len(chain)
+    denoise = chain_denoiser(model, chain)
+    system = JointSystem(denoise, chain)
+
+    probe = last(case["in/z_probe"])[None]
+    # The reference's map has the latent as the argument that the probe begins with.
+    once = jax.jit(lambda z: system.map_with_latent(x_T)(z))(probe)
+    close(first(once[0]), case["out/f_once"], rtol=SINUSOID, what="f")
+    z = jax.jit(lambda x: solve_joint(system, x, solver=Picard(max_steps=T, tol=0.0)))(x_T).trajectory
+    close(first(jnp.concatenate([x_T[:, None], z], axis=1)[0]), case["out/z_star"], rtol=SINUSOID, what="fixed point")
+    close(first(z[:, -1]), case["out/seq_final"], rtol=SINUSOID, what="image")
+    close(jnp.sum(jnp.square(z[:, -1] - target)), case["loss"], rtol=SINUSOID, what="loss")
+    encoded = jax.jit(lambda x: encode(denoise, chain, x))(target)
+    close(first(encoded[0]), case["out/encode_traj"], rtol=SINUSOID, what="encoding")
+
+    plain = Implicit(solver=Picard(max_steps=T + 1, tol=1e-14))
+    graph, params = nnx.split(model)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(params, x_T):
+        system = JointSystem(chain_denoiser(nnx.merge(graph, params), chain), chain)
+        return jnp.sum(jnp.square(attach(system, x_T, None, z, plain)[:, -1] - target))
+
+    value, (of_params, of_latent) = loss(params, x_T)
+    close(value, case["loss"], rtol=SINUSOID, what="loss")
+    check_gradients(nnx.merge(graph, of_params), case, rtol=SINUSOID)
+    close(first(of_latent[0]), case["grad_ift/x_T"], rtol=SINUSOID, what="implicit gradient")
+    sequential = jax.jit(lambda x: sequential_gradient(system, x, target, None))(x_T)[1]
+    close(first(sequential[0]), case["grad_bptt/x_T"], rtol=SINUSOID, what="backpropagation")
+    close(sequential, of_latent, rtol=1e-11, what="backpropagation and implicit gradient")
+
+    closed = first(one_step_gradient(system, z[:, -1], target)[0])
+    with_latent = jnp.concatenate([x_T[:, None], z], axis=1)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    @jax.value_and_grad
+    def phantom(x_T, damping, steps):
+        rule = Phantom(steps=steps, damping=damping)
+        image = rule.attach(hoist(system.map_with_latent(x_T), with_latent), with_latent)[-1][:, -1]
+        return jnp.sum(jnp.square(image - target))
+
+    for steps, damping in ((1, 0.1), (1, 1.0), (3, 0.5)):
+        want = case[f"grad_phantom/g{steps}_tau{damping}/x_T"]
+        value, gradient = phantom(x_T, damping, steps)
+        close(value, case[f"out/phantom_loss_g{steps}_tau{damping}"], rtol=SINUSOID, what="loss of the phantom step")
+        close(first(gradient[0]), want, rtol=SINUSOID, what=f"phantom gradient, {steps} steps of {damping}")
+        if steps == 1:
+            close(damping * closed, want, rtol=SINUSOID, what="closed form")
+
+    settings = {"optimizer": optax.adam(0.005), "solver": Picard(max_steps=T, tol=0.0)}
+    init, update = inversion(system, target, **settings)
+    state, update = init(encoded[:, -1]), jax.jit(update)
+    for want_loss, want in zip(case["out/adam_fp_losses"], case["out/adam_fp_latents"], strict=True):
+        state = update(state)
+        close(state.loss, want_loss[None], rtol=SINUSOID, what="loss on the way")
+        close(first(state.x_T[0]), want, rtol=SINUSOID, what="latent on the way")
+
+
 KINDS = {
     "schedules": check_schedules,
     "unet": check_unet,
+    "joint_sampling": check_joint_sampling,
+    "trained_joint_sampling": check_trained,
+    "ddpm_noisy": check_ddpm,
+    "inversion": check_inversion,
 }

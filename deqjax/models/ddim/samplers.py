@@ -51,14 +51,6 @@ def chain_denoiser(model: UNet, chain: Chain) -> Denoiser:
     return lambda x, k: model.denoise(x, tuple(rows[k] for rows in table))
 
 
-def draw_noise(key: jax.Array, chain: Chain, images: Float[Array, "B H W C"]) -> Float[Array, "B T H W C"] | None:
-    """Standard normal noise for every step of a chain; None if it needs none."""
-    if not np.any(chain.sigma):
-        return None
-    B, *shape = images.shape
-    return jax.random.normal(key, (B, len(chain), *shape), images.dtype)
-
-
 def sample_ddim(
     denoise: Denoiser, chain: Chain, x_T: Float[Array, "B H W C"], noise: Float[Array, "B T H W C"] | None = None
 ) -> Sampled:
