@@ -1,8 +1,8 @@
 """The images that a config of a diffusion model names."""
 
 from deqjax.data.celeba import celeba
+from deqjax.data.image_batches import ImageSet, digits, folder, split
 from deqjax.data.image_lmdb import ffhq, lsun
-from deqjax.data.image_sets import ImageSet, digits, folder, split
 
 DATA = ("digits", "cifar10", "celeba", "lsun_bedroom", "lsun_church_outdoor", "lsun_cat", "ffhq", "folder")
 

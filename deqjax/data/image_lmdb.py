@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from deqjax.data.errors import DataError
-from deqjax.data.image_sets import Part, centre, eight_bits
+from deqjax.data.image_batches import Part, centre, eight_bits
 from deqjax.data.images import read_image
 
 

@@ -258,7 +258,7 @@ def check_trained(case: Case, sub=None):
         for tol in ("1e-3", "1e-6"):
             assert below(float(tol)) == case.meta["results"][f"{tag}_fp_iters_to_{tol}"]
 
-        for memory in (3, 5):
+        for memory in (3,) if tag.startswith("uniform") else (5,):
             want = case[f"out/{tag}/upstream_anderson_m{memory}_residuals"]
             original = {"weights": "slot", "ridge": 1e-3, "ridge_mode": "absolute", "memory": memory}
             solver = TriangularAnderson(max_steps=15, return_final=True, **original)
