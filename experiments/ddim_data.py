@@ -1,13 +1,14 @@
 """The images that a config of a diffusion model names."""
 
 from deqjax.data.celeba import celeba
-from deqjax.data.image_batches import ImageSet, digits, folder, split
+from deqjax.data.cifar import cifar10
+from deqjax.data.image_batches import Images, folder, padded_digits, split
 from deqjax.data.image_lmdb import ffhq, lsun
 
 DATA = ("digits", "cifar10", "celeba", "lsun_bedroom", "lsun_church_outdoor", "lsun_cat", "ffhq", "folder")
 
 
-def read(config) -> dict[str, ImageSet]:
+def read(config) -> dict[str, Images]:
     """Images to train on and images held out, of the model's size, under "train" and "test".
 
     Raises:
@@ -15,7 +16,9 @@ def read(config) -> dict[str, ImageSet]:
     """
     data, size, channels = config.data, config.model.image_size, config.model.image_channels
     if data.name == "digits":
-        train, test = digits(size)
+        train, test = padded_digits(size)
+    elif data.name == "cifar10":
+        train, test = (cifar10(data.dir, part).images for part in ("train", "test"))
     elif data.name == "celeba":
         splits = celeba(data.dir, size)
         train, test = splits["train"], splits["test"]

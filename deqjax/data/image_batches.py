@@ -1,21 +1,25 @@
-"""Sets of images for generative models, and their batches.
+"""Images for generative models, without labels, and their batches.
 
 A set is anything with a length whose items are images `[H, W, C]` of 8 bits, all of one size: an array, or a reader of files.
 """
 
 import concurrent.futures
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from deqjax.data.digits import digits
 from deqjax.data.errors import DataError
 from deqjax.data.images import image_files, pillow, read_image
+from deqjax.data.prefetch import Prefetch
 
 
-class ImageSet(Protocol):
+@runtime_checkable
+class Images(Protocol):
     """Images by number."""
 
     def __len__(self) -> int: ...
@@ -26,7 +30,7 @@ class ImageSet(Protocol):
 class ImageBatches:
     """Training batches as a function of (seed, step): epochs in orders of their own, every image possibly mirrored."""
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int = 0, flip: bool = False, shard: int = 0, shards: int = 1):
+    def __init__(self, images: Images, batch_size: int, seed: int = 0, flip: bool = False, shard: int = 0, shards: int = 1):
         """Args:
         images: the set.
         batch_size: over all processes.
@@ -40,20 +44,30 @@ class ImageBatches:
         if len(images) < batch_size:
             raise DataError(f"there are {len(images)} images, fewer than the {batch_size} of a batch (data.batch_size).")
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
-        self.shard, self.shards = shard, shards
+        self._rows = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
+        # What is in memory already needs no threads.
+        threads = 0 if isinstance(images, np.ndarray) else None
+        self._stream = Prefetch(self._jobs, lambda images: {"image": np.stack(images)}, threads=threads)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """`{"image": [B_local, H, W, C]}`, 8 bits unsigned."""
+        return self._stream.batch(step)
+
+    def _jobs(self, step: int) -> list[Callable[[], np.ndarray]]:
         n, B = len(self.images), self.batch_size
         epoch, part = divmod(step, n // B)
         order = np.random.default_rng((self.seed, epoch)).permutation(n)[part * B : (part + 1) * B]
         mirrored = self.flip & (np.random.default_rng((self.seed, step, 1)).random(B) < 0.5)
-        rows = slice(self.shard * B // self.shards, (self.shard + 1) * B // self.shards)
-        images = take(self.images, order[rows])
-        return {"image": np.where(mirrored[rows, None, None, None], images[:, :, ::-1], images)}
+        chosen = zip(order[self._rows], mirrored[self._rows], strict=True)
+        return [functools.partial(_one, self.images, int(i), bool(flip)) for i, flip in chosen]
 
 
-def take(images: ImageSet, indices: Sequence[int]) -> np.ndarray:
+def _one(images: Images, index: int, mirrored: bool) -> np.ndarray:
+    image = images[index]
+    return image[:, ::-1] if mirrored else image
+
+
+def take(images: Images, indices: Sequence[int]) -> np.ndarray:
     """Some images of a set, `[N, H, W, C]`; files are decoded in several threads."""
     if isinstance(images, np.ndarray):
         return images[np.asarray(indices)]
@@ -84,7 +98,7 @@ def folder(directory: str | os.PathLike, size: int, channels: int = 3) -> Files:
     return Files(image_files(directory), lambda image: centre(image, size), channels)
 
 
-def split(images: ImageSet, share: float = 0.1, seed: int = 2019) -> tuple[ImageSet, ImageSet]:
+def split(images: Images, share: float = 0.1, seed: int = 2019) -> tuple[Images, Images]:
     """Images to train on, and a share of them held out, chosen by shuffling with a seed."""
     order = np.random.RandomState(seed).permutation(len(images))
     held_out = max(round(share * len(images)), 1)
@@ -94,7 +108,7 @@ def split(images: ImageSet, share: float = 0.1, seed: int = 2019) -> tuple[Image
 class Part:
     """Some of the images of a set."""
 
-    def __init__(self, images: ImageSet, indices: np.ndarray):
+    def __init__(self, images: Images, indices: np.ndarray):
         self.images, self.indices = images, indices
 
     def __len__(self) -> int:
@@ -104,8 +118,8 @@ class Part:
         return self.images[int(self.indices[index])]
 
 
-def digits(size: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """The 1797 handwritten digits of scikit-learn, 8x8, in the middle of black images: to train on, and every tenth held out.
+def padded_digits(size: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's handwritten digits, 8x8, in the middle of black images: to train on, and every tenth, held out.
 
     Raises:
       DataError: the images would not hold them.
@@ -113,11 +127,7 @@ def digits(size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """
     if size < 8:
         raise DataError(f"the digits have 8x8 pixels, so images of {size}x{size} cannot hold them (model.image_size).")
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError('the digits come with scikit-learn: pip install "deqjax[vision]"') from error
-    images = np.rint(load_digits().images * (255 / 16)).astype(np.uint8)[..., None]
+    images = np.concatenate([digits(split).images for split in ("train", "valid", "test")])
     before = (size - 8) // 2
     images = np.pad(images, ((0, 0), (before, size - 8 - before), (before, size - 8 - before), (0, 0)))
     held_out = np.arange(len(images)) % 10 == 9

@@ -1,72 +1,69 @@
 """Images in LMDB databases: LSUN (Yu et al. 2015) and FFHQ (Karras et al. 2019)."""
 
-import io
+import functools
 import os
 import pathlib
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from deqjax.data.errors import DataError
 from deqjax.data.image_batches import Part, centre, eight_bits
-from deqjax.data.images import read_image
+from deqjax.data.images import decode_image
 
 
 class Database:
-    """Encoded images in an LMDB database, by number, each fitted to one size.
+    """Encoded images in an LMDB database, by number, each fitted to one size."""
 
-    Args:
-      directory: of the database.
-      fit: makes an image of the wanted size.
-      keys: of the images; None takes every entry, in the order of the database.
+    def __init__(self, directory: pathlib.Path, fit: Callable[[np.ndarray], np.ndarray], keys: Sequence[bytes] | None = None):
+        """Args:
+        directory: of the database.
+        fit: makes an image of the wanted size.
+        keys: of the images; None takes every entry, in the order of the database.
 
-    Raises:
-      DataError: there is no such database, or it is empty.
-      ImportError: lmdb is not installed.
-    """
-
-    def __init__(self, directory: str | os.PathLike, fit: Callable[[np.ndarray], np.ndarray], keys: list[bytes] | None = None):
-        self.directory, self.fit, self._keys = pathlib.Path(directory), fit, keys
-        self._environment, self._lock = None, threading.Lock()
-        with self._open().begin() as transaction:
-            if self._keys is None:
-                self._keys = list(transaction.cursor().iternext(keys=True, values=False))
-        if not self._keys:
-            raise DataError(f"{self.directory} holds no images.")
+        Raises:
+          DataError: there is no such database, or it holds nothing.
+          ImportError: lmdb is not installed.
+        """
+        self.directory, self.fit = directory, fit
+        self.keys = _every_key(directory) if keys is None else keys
+        if not self.keys:
+            raise DataError(f"{directory} holds no images.")
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """The fitted image. Raises DataError, naming the entry, if it is missing or no picture."""
-        key = self._keys[index]
-        with self._open().begin() as transaction:
-            value = transaction.get(key)
-        entry = f"the entry {key.decode(errors='replace')!r} of {self.directory}"
+        key = self.keys[index]
+        name = f"the entry {key.decode(errors='replace')!r} of {self.directory}"
+        value = _value(self.directory, key)
         if value is None:
-            raise DataError(f"{entry} is missing.")
-        try:
-            return self.fit(eight_bits(read_image(io.BytesIO(value))))
-        except DataError as error:
-            raise DataError(
-                f"the entry {key.decode(errors='replace')!r} of {self.directory} is no picture ({error})."
-            ) from error
+            raise DataError(f"{name} is missing.")
+        return self.fit(eight_bits(decode_image(value, name)))
 
-    def _open(self):
-        try:
-            import lmdb
-        except ImportError as error:
-            raise ImportError('LSUN and FFHQ are LMDB databases: pip install "deqjax[vision]"') from error
-        with self._lock:
-            if self._environment is None:
-                try:
-                    self._environment = lmdb.open(
-                        str(self.directory), readonly=True, lock=False, readahead=False, meminit=False
-                    )
-                except lmdb.Error as error:
-                    raise DataError(f"{self.directory} is no LMDB database that can be read ({error}).") from error
-        return self._environment
+
+def _every_key(directory) -> list[bytes]:
+    with _environment(directory).begin() as transaction:
+        return list(transaction.cursor().iternext(keys=True, values=False))
+
+
+def _value(directory, key: bytes) -> bytes | None:
+    with _environment(directory).begin() as transaction:
+        return transaction.get(key)
+
+
+@functools.cache
+def _environment(directory):
+    """The open database; a process may open one but once."""
+    try:
+        import lmdb
+    except ImportError as error:
+        raise ImportError('LSUN and FFHQ are LMDB databases: pip install "deqjax[vision]"') from error
+    try:
+        return lmdb.open(str(directory), readonly=True, lock=False, readahead=False, meminit=False)
+    except lmdb.Error as error:
+        raise DataError(f"{directory} is no LMDB database that can be read ({error}).") from error
 
 
 def lsun(directory: str | os.PathLike, category: str, size: int = 256, split: str = "train") -> Database:
@@ -104,16 +101,14 @@ def ffhq(directory: str | os.PathLike, size: int = 256, seed: int = 2019) -> tup
     directory = pathlib.Path(directory)
     if not (directory / "data.mdb").is_file():
         raise DataError(f"there is no {directory}/data.mdb, the LMDB database of FFHQ that StyleGAN's prepare_data.py makes.")
-    whole = Database(directory, lambda image: image, [b"length"])
-    with whole._open().begin() as transaction:
-        try:
-            length = int(transaction.get(b"length").decode())
-        except (AttributeError, ValueError) as error:
-            raise DataError(f"{directory} has no entry 'length' with the number of images.") from error
+    try:
+        length = int((_value(directory, b"length") or b"").decode())
+    except ValueError as error:
+        raise DataError(f"{directory} has no entry 'length' with the number of images.") from error
 
     def fit(image):
         if image.shape[:2] != (size, size):
-            raise DataError(f"{image.shape[1]}x{image.shape[0]} pixels under the name of {size}x{size}")
+            raise DataError(f"{directory} has an image of {image.shape[1]}x{image.shape[0]} under the name of {size}x{size}.")
         return image
 
     images = Database(directory, fit, [f"{size}-{number:05d}".encode() for number in range(length)])

@@ -14,27 +14,36 @@ from deqjax.data.errors import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def read_image(path: str | os.PathLike | io.BufferedIOBase, channels: int = 3) -> np.ndarray:
+def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
     """The picture in a file, `[H, W, channels]`, 8 bits unsigned, or 16 if it is grey and the file has 16.
 
     Palettes are looked up, CMYK becomes RGB, an alpha channel is dropped; grey is repeated for three channels, and colour
     becomes its luma (ITU-R 601) for one. The first frame of several counts.
 
     Args:
-      path: of the file, or the file itself, opened.
+      path: of the file.
       channels: 3 for RGB, 1 for grey.
 
     Raises:
       DataError: there is no such file, it is empty, truncated or no picture, or it has no pixels.
     """
+    return _read(path, str(path), channels)
+
+
+def decode_image(data: bytes, name: str, channels: int = 3) -> np.ndarray:
+    """The picture in the bytes of a file, as by `read_image`; errors call it by the name."""
+    return _read(io.BytesIO(data), name, channels)
+
+
+def _read(file, name, channels):
     image = pillow()
     try:
-        with image.open(path) as file:
-            return _as_array(file, channels)
+        with image.open(file) as opened:
+            return _as_array(opened, channels)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file.") from error
+        raise DataError(f"{name}: there is no such file.") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no picture that can be read ({error}).") from error
+        raise DataError(f"{name} is no picture that can be read ({error}).") from error
 
 
 def _as_array(file, channels):

@@ -306,13 +306,11 @@ def check_inversion(case: Case, sub=None):
     close(sequential, of_latent, rtol=1e-11, what="backpropagation and implicit gradient")
 
     closed = first(one_step_gradient(system, z[:, -1], target)[0])
-    with_latent = jnp.concatenate([x_T[:, None], z], axis=1)
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
     @jax.value_and_grad
     def phantom(x_T, damping, steps):
-        rule = Phantom(steps=steps, damping=damping)
-        image = rule.attach(hoist(system.map_with_latent(x_T), with_latent), with_latent)[-1][:, -1]
+        image = attach(system, x_T, None, z, Phantom(steps=steps, damping=damping))[:, -1]
         return jnp.sum(jnp.square(image - target))
 
     for steps, damping in ((1, 0.1), (1, 1.0), (3, 0.5)):

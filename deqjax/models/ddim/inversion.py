@@ -42,7 +42,8 @@ class InversionState(NamedTuple):
 
 def exact_gradient(system: JointSystem, tol: float = 1e-5) -> Implicit:
     """The implicit gradient. The adjoint system is triangular too, in reverse, so T + 1 evaluations always solve it."""
-    return Implicit(solver=TriangularAnderson(max_steps=len(system.chain) + 1, tol=tol, reverse=True))
+    # And one more sees that it is solved.
+    return Implicit(solver=TriangularAnderson(max_steps=len(system.chain) + 2, tol=tol, reverse=True))
 
 
 def one_step_gradient(

@@ -153,9 +153,13 @@ def attach(
     trajectory: Float[Array, "B T H W C"],
     gradient: Gradient,
 ) -> Float[Array, "B T H W C"]:
-    """The trajectory that a solve has found, with the gradient of a rule, to latents, noise and the network's weights."""
-    trajectory = jax.lax.stop_gradient(trajectory)
-    return gradient.attach(hoist(system.map(x_T, noise), trajectory), trajectory)[-1]
+    """The trajectory that a solve has found, with the gradient of a rule, to latents, noise and the network's weights.
+
+    The latent counts as a state of the trajectory, as in the original: a rule that takes the states for constants takes the
+    latent that the network sees for one, too.
+    """
+    states = jax.lax.stop_gradient(jnp.concatenate([x_T[:, None], trajectory], axis=1))
+    return gradient.attach(hoist(system.map_with_latent(x_T, noise), states), states)[-1][:, 1:]
 
 
 def _images(per_slot):
