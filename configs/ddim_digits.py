@@ -32,11 +32,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.sampler.timesteps = 50
     config.sampler.selection = "uniform"
+    config.sampler.data_variance = 1.0
+    config.sampler.tol = 1e-5
     config.out = "runs/ddim_digits/out"
     config.sample.batch_size = 16
     config.invert.images = 4
+    config.invert.timesteps = 10
+    config.invert.gradients = ("one_step", "sequential")
     config.invert.learning_rate = 0.02
-    config.invert.steps = 80
+    config.invert.steps = 200
     config.invert.stop_below = 0.0
     config.eval.n = 256
     config.eval.features = "pixels"
