@@ -10,10 +10,10 @@ import optax
 
 from deqjax.data.errors import DataError
 from deqjax.data.image_batches import take
-from deqjax.models.ddim import UNet, chain_denoiser, check_finite, encode, inversion
+from deqjax.models.ddim import UNet, chain_denoiser, encode, inversion
 from deqjax.training.console import say
 from experiments.ddim_pictures import write_grid
-from experiments.ddim_sampling import Sampler, solver_of, system_of, table
+from experiments.ddim_sampling import Sampler, refuse_non_finite, solver_of, system_of, table
 
 GRADIENTS = ("one_step", "implicit", "sequential")
 
@@ -44,7 +44,7 @@ def invert(config, rates, model: UNet, images) -> str:
         state = sampler.compiled(lambda model, x, method=method: method(model)[0](x))(x_T)
         update = sampler.compiled(lambda model, state, method=method: method(model)[1](state))
         history, state = _optimise(update, state, c)
-        check_finite(state.failed_at, chain)
+        refuse_non_finite(state.failed_at, chain)
         rows.append({"gradient": gradient, **_summary(history, target, c.at_seconds)})
         say(f"{gradient}: {rows[-1]['steps']} steps, error {rows[-1]['best']:.4g}")
         image = sampler(state.best_x_T, noise).images
@@ -68,7 +68,7 @@ def _targets(config, sampler: Sampler, images):
     numbers = range(c.first, c.first + c.images)
     if c.in_distribution:
         outcome = sampler(*sampler.latents([n + 2**31 for n in numbers]))
-        check_finite(outcome.failed_at, sampler.chain)
+        refuse_non_finite(outcome.failed_at, sampler.chain)
         return jnp.asarray(outcome.images)
     if c.first < 0 or numbers.stop > len(images):
         raise DataError(f"invert.first and invert.images ask for images {c.first} to {numbers.stop - 1} of {len(images)}.")

@@ -16,6 +16,7 @@ from deqjax.data.images import write_image
 from deqjax.models.ddim import (
     Chain,
     JointSystem,
+    NonFiniteOutput,
     UNet,
     chain_denoiser,
     check_finite,
@@ -27,10 +28,13 @@ from deqjax.models.ddim import (
     with_dtype,
 )
 from deqjax.training.console import say
+from deqjax.training.errors import UserError
 from deqjax.training.mesh import batch_devices, batch_sharding, make_mesh, replicated
 from experiments.ddim_pictures import write_filmstrip, write_grid, write_heat_map
 
 METHODS = ("parallel", "sequential", "ddpm")
+# Solvers that work in a window and keep a record.
+TIME_ORDERED = ("picard", "fixed_point_iter", "triangular_anderson")
 
 
 class Outcome(NamedTuple):
@@ -135,6 +139,14 @@ def _latents(seed: int, numbers, shape, n_noise: int):
     return drawn(shape, 0), drawn((n_noise, *shape), 1) if n_noise else None
 
 
+def refuse_non_finite(failed_at, chain: Chain) -> None:
+    """Raises UserError, naming samples and timesteps, unless the network's output was finite."""
+    try:
+        check_finite(failed_at, chain)
+    except NonFiniteOutput as error:
+        raise UserError(f"{error}") from error
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +162,7 @@ def sample(config, rates, model: UNet) -> str:
         numbers = missing[start : start + c.batch_size]
         # The last batch is filled up, so that nothing is compiled for it.
         outcome = sampler(*sampler.latents([*numbers, *numbers[:1] * (c.batch_size - len(numbers))]))
-        check_finite(outcome.failed_at, sampler.chain)
+        refuse_non_finite(outcome.failed_at, sampler.chain)
         for number, image in zip(numbers, outcome.images, strict=False):
             write_image(folder / f"{number}.png", (image + 1) / 2)
         images += list(outcome.images[: len(numbers)])
@@ -177,7 +189,7 @@ def pictures(config, sampler: Sampler) -> list[Path]:
     out, n, chain = Path(config.out), min(config.sample.n, 4), sampler.chain
     x_T, noise = sampler.latents(range(n))
     written = []
-    if config.sampler.solver in ("picard", "fixed_point_iter", "triangular_anderson"):
+    if config.sampler.solver in TIME_ORDERED:
         solve = lambda model, x, z: solve_joint(sampler.system(model), x, z, solver=sampler.solver, record=True)  # noqa: E731
         solution = sampler.compiled(solve)(x_T, noise)
         written.append(write_filmstrip(out / "filmstrip.png", solution.record.images, int(solution.calls)))
@@ -217,7 +229,7 @@ def compare(config, rates, model: UNet) -> str:
         outcomes = {}
         for method, sampler in samplers.items():
             outcomes[method] = sampler(*latents)  # compiles
-            check_finite(outcomes[method].failed_at, sampler.chain)
+            refuse_non_finite(outcomes[method].failed_at, sampler.chain)
             runs = [sampler(*latents) for _ in range(c.repeats)]
             medians = {name: float(np.median([getattr(r, name) for r in runs])) for name in ("seconds", "cpu_seconds")}
             outcomes[method] = outcomes[method]._replace(**medians)

@@ -25,7 +25,6 @@ from deqjax.models.ddim import (
     UNetConfig,
     betas,
     chain_denoiser,
-    check_finite,
     encode,
     sample_ddim,
     signal_rates,
@@ -36,7 +35,7 @@ from deqjax.training.mesh import make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
 from experiments.ddim_data import DATA, read
 from experiments.ddim_inversion import GRADIENTS, invert
-from experiments.ddim_sampling import METHODS, Sampler, chain_of, compare, sample, solver_of
+from experiments.ddim_sampling import METHODS, TIME_ORDERED, Sampler, chain_of, compare, refuse_non_finite, sample, solver_of
 from experiments.fid import Moments, frechet_distance, load_features
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -62,7 +61,8 @@ class DiffusionTask:
         d = config.diffusion
         self.rates = signal_rates(betas(d.schedule, d.timesteps, d.start, d.end))
         # What is wrong with the sampler shows now, not after training.
-        solver_of(config, len(chain_of(config, self.rates)))
+        for timesteps in (config.sampler.timesteps, config.invert.timesteps or 1, *config.compare.timesteps):
+            solver_of(config, len(chain_of(config, self.rates, timesteps)))
         self.splits = read(config) if splits is None else splits
         self.items_per_step = ("images", config.data.batch_size)
         self.fingerprint = [config.data.name, len(self.splits["train"])]
@@ -161,7 +161,7 @@ class DiffusionTask:
         sampler(*sampler.latents(range(c.batch_size)))  # compiles
         for start in range(0, n * c.batch_size, c.batch_size):
             outcome = sampler(*sampler.latents(range(start, start + c.batch_size)))
-            check_finite(outcome.failed_at, chain)
+            refuse_non_finite(outcome.failed_at, chain)
             calls.append(outcome.calls)
             evaluations, seconds = evaluations + outcome.evaluations, seconds + outcome.seconds
             if features:
@@ -216,6 +216,11 @@ def _check_settings(config) -> None:
     for name in ("window", "chunk", "max_steps"):
         if config.sampler[name] < 0:
             raise ValueError(f"sampler.{name}={config.sampler[name]}: must be 0 or more.")
+    if config.sampler.window and config.sampler.solver not in TIME_ORDERED:
+        raise ValueError(
+            f"sampler.window={config.sampler.window}, but {config.sampler.solver!r} takes the whole trajectory; in a window "
+            f"work {', '.join(TIME_ORDERED)}."
+        )
     if not config.sampler.tol > 0:
         raise ValueError(f"sampler.tol={config.sampler.tol}: must be positive.")
 

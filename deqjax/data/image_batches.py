@@ -39,10 +39,12 @@ class ImageBatches:
         shard, shards: which of how many equal parts of each batch to give.
 
         Raises:
-          DataError: the set is smaller than a batch.
+          DataError: the set is smaller than a batch, or its images are not of 8 bits.
         """
         if len(images) < batch_size:
             raise DataError(f"there are {len(images)} images, fewer than the {batch_size} of a batch (data.batch_size).")
+        if len(images) and images[0].dtype != np.uint8:
+            raise DataError(f"images of {images[0].dtype} numbers: they must have 8 bits, from 0 to 255.")
         self.images, self.batch_size, self.seed, self.flip = images, batch_size, seed, flip
         self._rows = slice(shard * batch_size // shards, (shard + 1) * batch_size // shards)
         # What is in memory already needs no threads.

@@ -41,6 +41,8 @@ def test_batches_are_epochs_of_every_image_and_shares_of_one_batch():
     np.testing.assert_array_equal(np.concatenate(parts), batches.batch(1)["image"])
     with pytest.raises(DataError, match="10 images, fewer than the 11"):
         ImageBatches(images, 11)
+    with pytest.raises(DataError, match="float64 numbers: they must have 8 bits"):
+        ImageBatches(images / 255, 4)
 
 
 def test_mirroring_is_of_half_the_images():

@@ -87,7 +87,7 @@ def inversion(
 
     Args:
       system: the chain and its network, which stay as they are.
-      target: `[B, H, W, C]` images.
+      target: `[B, H, W, C]` images, from -1 to 1.
       noise: the noise of the chain, which is kept, where it has eta > 0.
       gradient: "one_step" (the free one in closed form), "implicit" (exact), any rule of the core, or "sequential" (exact, by
         the sequential sampler throughout).
@@ -99,10 +99,12 @@ def inversion(
       `init(x_T)`, and `update(state)`, to be compiled.
 
     Raises:
-      ValueError: there is no such gradient.
+      ValueError: there is no such gradient, or the images are out of range.
     """
     if isinstance(gradient, str) and gradient not in ("one_step", "implicit", "sequential"):
         raise ValueError(f'gradient={gradient!r}: must be "one_step", "implicit", "sequential" or a rule of deqjax.')
+    if not isinstance(target, jax.core.Tracer) and not bool(jnp.max(jnp.abs(target)) <= 1 + 1e-3):
+        raise ValueError("images to invert must be finite and within [-1, 1]: scale 8 bits by x / 127.5 - 1.")
     rule = exact_gradient(system) if gradient == "implicit" else gradient
     T = len(system.chain)
 
