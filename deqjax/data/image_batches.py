@@ -69,7 +69,7 @@ def _one(images: Images, index: int, mirrored: bool) -> np.ndarray:
     return image[:, ::-1] if mirrored else image
 
 
-def take(images: Images, indices: Sequence[int]) -> np.ndarray:
+def take(images: Images, indices: Sequence[int] | np.ndarray) -> np.ndarray:
     """Some images of a set, `[N, H, W, C]`; files are decoded in several threads."""
     if isinstance(images, np.ndarray):
         return images[np.asarray(indices)]

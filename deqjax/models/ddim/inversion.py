@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from deqjax.core.annotations import Array, Float
@@ -103,7 +104,7 @@ def inversion(
     """
     if isinstance(gradient, str) and gradient not in ("one_step", "implicit", "sequential"):
         raise ValueError(f'gradient={gradient!r}: must be "one_step", "implicit", "sequential" or a rule of deqjax.')
-    if not isinstance(target, jax.core.Tracer) and not bool(jnp.max(jnp.abs(target)) <= 1 + 1e-3):
+    if not isinstance(target, jax.core.Tracer) and not np.max(np.abs(np.asarray(target))) <= 1 + 1e-3:
         raise ValueError("images to invert must be finite and within [-1, 1]: scale 8 bits by x / 127.5 - 1.")
     rule = exact_gradient(system) if gradient == "implicit" else gradient
     T = len(system.chain)
