@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from deqjax.core.solvers import get_solver
-from deqjax.data.errors import DataError
 from deqjax.data.images import write_image
 from deqjax.models.ddim import (
     Chain,
@@ -205,15 +204,6 @@ def pictures(config, sampler: Sampler) -> list[Path]:
         images = sampler.compiled(lambda model, x: run(model, x, None).image)(between)
         written.append(write_grid(out / "interpolation.png", images, columns=11))
     return written
-
-
-def load_latents(path) -> dict[str, np.ndarray]:
-    """What `sample` or `invert` saved. Raises DataError if that is not what the file holds."""
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} holds no latents ({error}).") from error
 
 
 # Comparison ----------------------------------------------------------------------------------------------------------
