@@ -67,7 +67,7 @@ def test_every_mode_does_what_it_says(trained, capsys):
     assert deq_ddim.main(command(trained, "--mode=sample")) == 0
     assert "3 images in" in capsys.readouterr().out
     for name in ("samples/0.png", "samples/2.png", "grid.png", "filmstrip.png", "residuals.png", "predictions.png"):
-        assert (out / name).stat().st_size > 100, name
+        assert (out / name).stat().st_size > 50, name
     assert (out / "interpolation.png").is_file()
     with np.load(out / "latents.npz") as file:
         assert file["x_T"].shape == file["image"].shape == (3, 8, 8, 1)
