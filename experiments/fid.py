@@ -50,7 +50,10 @@ def _from_python(file):
 
 
 def _from_export(file):
-    exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    try:
+        exported = jax.export.deserialize(bytearray(file.read_bytes()))
+    except ImportError as error:
+        raise ImportError(f'a function exported by JAX needs flatbuffers: pip install "deqjax[vision]" ({error})') from error
     # Called with as many images as it was exported for; None: any number.
     (wanted,) = exported.in_avals
     rows = wanted.shape[0] if isinstance(wanted.shape[0], int) else None
