@@ -30,7 +30,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TINY = {"model.image_size": 8, "model.multipliers": (1,), "model.attention": (), "data.batch_size": 8, "data.eval_images": 16}
 TINY |= {"data.eval_batch_size": 8, "steps": 4, "log_every": 2, "eval_every": 2, "checkpoint_every": 2}
 TINY |= {"sampler.timesteps": 4, "sample.n": 3, "sample.batch_size": 2, "eval.n": 6, "eval.batch_size": 4, "eval.reference": 32}
-TINY |= {"invert.steps": 3, "invert.images": 2, "compare.timesteps": (2, 4), "compare.repeats": 1}
+TINY |= {"invert.steps": 3, "invert.images": 2, "invert.timesteps": 0, "compare.timesteps": (2, 4), "compare.repeats": 1}
 
 
 def command(workdir, *extra, **settings):
