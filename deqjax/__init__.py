@@ -14,6 +14,7 @@ _PUBLIC = {
     "Solver": "deqjax.core.solvers",
     "Picard": "deqjax.core.solvers",
     "Anderson": "deqjax.core.solvers",
+    "TriangularAnderson": "deqjax.core.solvers",
     "Broyden": "deqjax.core.solvers",
     "NewtonKrylov": "deqjax.core.solvers",
     "get_solver": "deqjax.core.solvers",

@@ -1,7 +1,8 @@
 """Reads and writes checkpoint files: `.safetensors`, and PyTorch's `.pt` / `.pth`, without running code from the file.
 
 PyTorch itself is not needed to read: a `.pt` file is a zip archive of raw storages and one pickle that says how tensors
-view them. The pickle is read by an unpickler that knows the few constructors of tensors and refuses everything else.
+view them; before PyTorch 1.6 the storages followed the pickle in one file. The pickle is read by an unpickler that knows the
+few constructors of tensors and refuses everything else.
 """
 
 import collections
@@ -39,7 +40,8 @@ _STORAGE_DTYPES = {
 def read_checkpoint(path) -> dict[str, np.ndarray]:
     """The flat state dict in a file: arrays by key.
 
-    A file that holds a dictionary with a `state_dict` or `model` entry gives that entry.
+    A file that holds a dictionary with a `state_dict` or `model` entry gives that entry; one that holds a list of dictionaries,
+    as trainers of diffusion models write with the averaged weights last, gives the last.
 
     Raises:
       CheckpointFileError: missing, truncated, of another kind, or asking for anything but tensors.
@@ -50,10 +52,7 @@ def read_checkpoint(path) -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if not zipfile.is_zipfile(path):
-        raise CheckpointFileError(
-            f"{path} is not a PyTorch checkpoint of the current (zip) format. If it is an older one, load it with PyTorch "
-            "and save it again, or save it as .safetensors."
-        )
+        return _flat(_read_older(path), path)
     try:
         with zipfile.ZipFile(path) as archive:
             pickles = [n for n in archive.namelist() if n.endswith("/data.pkl") or n == "data.pkl"]
@@ -94,7 +93,41 @@ def write_checkpoint(path, state_dict: Mapping[str, np.ndarray]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+_MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001  # of files before PyTorch 1.6
+
+
+def _read_older(path):
+    """The content of a file of five pickles, the fourth of which is the content, and raw storages in the order of the fifth."""
+    try:
+        with open(path, "rb") as file:
+            if [_TensorUnpickler(file).load() for _ in range(2)] != [_MAGIC, _VERSION]:
+                raise pickle.UnpicklingError("it does not begin as one")
+            _TensorUnpickler(file).load()  # of the machine
+            start, size = file.tell(), path.stat().st_size
+            # Read twice, for the storages come last: first to learn how large they are.
+            sizes = _OlderUnpickler(file, size)
+            sizes.load()
+            storages = {}
+            for key in _TensorUnpickler(file).load():
+                like = sizes.storages[key]
+                count = int.from_bytes(file.read(8), "little")
+                raw = file.read(like.nbytes)
+                if count != like.size or len(raw) != like.nbytes:
+                    raise pickle.UnpicklingError("it is truncated")
+                storages[key] = np.frombuffer(raw, like.dtype)
+            file.seek(start)
+            return _OlderUnpickler(file, size, storages).load()
+    except Exception as error:  # what a damaged pickle raises has no end
+        raise CheckpointFileError(
+            f"{path} is not a PyTorch checkpoint, or a damaged one ({error}). If PyTorch can load it, save it again or as "
+            ".safetensors."
+        ) from None
+
+
 def _flat(content, path):
+    if isinstance(content, list):
+        is_state = lambda part: isinstance(part, Mapping) and any(isinstance(x, np.ndarray) for x in part.values())  # noqa: E731
+        content = next(filter(is_state, reversed(content)), content)
     for wrapper in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -131,7 +164,7 @@ class _Storage(str):
 class _TensorUnpickler(pickle.Unpickler):
     """Builds NumPy arrays where the file says tensors; any other global is refused."""
 
-    def __init__(self, file, archive, root):
+    def __init__(self, file, archive=None, root=""):
         super().__init__(file)
         self._archive, self._root = archive, root
 
@@ -157,6 +190,24 @@ class _TensorUnpickler(pickle.Unpickler):
         if storage not in _STORAGE_DTYPES:
             raise pickle.UnpicklingError(f"tensors of {storage} are not supported")
         return np.frombuffer(raw, _STORAGE_DTYPES[storage])
+
+
+class _OlderUnpickler(_TensorUnpickler):
+    """Takes storages from a dictionary; without one, notes empty ones of the right sizes."""
+
+    def __init__(self, file, file_size: int, storages: dict | None = None):
+        super().__init__(file)
+        self._file_size, self._known, self.storages = file_size, storages is not None, dict(storages or {})
+
+    def persistent_load(self, pid):
+        kind, storage, key, _, size, *view = pid
+        if kind != "storage" or storage not in _STORAGE_DTYPES or any(view):
+            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
+        if not self._known:
+            if size * np.dtype(_STORAGE_DTYPES[storage]).itemsize > self._file_size:
+                raise pickle.UnpicklingError("it is truncated")
+            self.storages[key] = np.zeros(size, _STORAGE_DTYPES[storage])
+        return self.storages[key]
 
 
 def _view(storage, offset, size, stride, *_):

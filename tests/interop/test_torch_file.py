@@ -73,6 +73,32 @@ def test_a_pytorch_file_is_read_without_pytorch(tmp_path):
     np.testing.assert_array_equal(read_checkpoint(tmp_path / "w.pth")["w"], data.reshape(2, 3).T)
 
 
+def older_file(*content, storages):
+    """What PyTorch wrote before 1.6: five pickles, then the storages."""
+    head = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    sizes = (np.int64(x.size).tobytes() + x.tobytes() for x in storages.values())
+    return head + b"".join(content) + pickle.dumps(list(storages), 2) + b"".join(sizes)
+
+
+def test_older_pytorch_files_are_read_too(tmp_path):
+    data, path = np.arange(6, dtype=np.float32), tmp_path / "w.ckpt"
+    whole = older_file(torch_pickle((3, 2), (1, 3)), storages={"0": data})
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(read_checkpoint(path)["w"], data.reshape(2, 3).T)
+    for wrong in (whole[:-1], whole[:-30], older_file(torch_pickle((7,)), storages={"0": data})):
+        path.write_bytes(wrong)
+        with pytest.raises(CheckpointFileError, match=r"truncated|outside its storage|damaged"):
+            read_checkpoint(path)
+
+
+def test_of_a_list_of_states_the_last_is_read(tmp_path):
+    payload = torch_pickle((2,))
+    # [{"w": ...}, 3, {"w": ...}]: protocol and stop are taken off each, and the parts put into a list.
+    item = payload[2:-1]
+    archive(tmp_path / "list.pth", b"\x80\x02](" + item + b"K\x03" + item + b"e.", s0=np.arange(2, dtype=np.float32).tobytes())
+    np.testing.assert_array_equal(read_checkpoint(tmp_path / "list.pth")["w"], [0, 1])
+
+
 def test_code_in_a_file_is_refused(tmp_path):
     marker = tmp_path / "ran"
 

@@ -9,11 +9,13 @@ from deqjax.core.solvers.broyden import Broyden
 from deqjax.core.solvers.newton_krylov import NewtonKrylov
 from deqjax.core.solvers.picard import Picard
 from deqjax.core.solvers.torchdeq_broyden import TorchDEQBroyden
+from deqjax.core.solvers.triangular_anderson import TriangularAnderson
 
 _SOLVERS: dict[str, type[Solver]] = {
     "picard": Picard,
     "fixed_point_iter": Picard,
     "anderson": Anderson,
+    "triangular_anderson": TriangularAnderson,
     "broyden": Broyden,
     "newton_krylov": NewtonKrylov,
     "torchdeq_broyden": TorchDEQBroyden,
