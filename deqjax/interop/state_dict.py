@@ -23,6 +23,8 @@ LINEAR = Layout(lambda x: x.T, lambda x: x.T)  # (out, in) to (in, out)
 POINTWISE = Layout(lambda x: x[..., 0].T, lambda x: x.T[..., None])  # Conv1d of kernel size 1: (out, in, 1) to (in, out)
 COLUMN = Layout(lambda x: x.reshape(-1), lambda x: x[:, None])  # (out, 1) to (out,)
 POINTWISE_COLUMN = Layout(lambda x: x.reshape(-1), lambda x: x[:, None, None])  # (out, 1, 1) to (out,)
+CONV = Layout(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))  # (out, in, h, w) to (h, w, in, out)
+CONV_COLUMN = Layout(lambda x: x.reshape(-1), lambda x: x[:, None, None, None])  # (out, 1, 1, 1) to (out,)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ class DEQ(nnx.Module):
         tol = options.pop("f_tol", tol)
         if self.config.preset == "torchdeq" and self.config.f_solver in ("picard", "fixed_point_iter"):
             # The original measures the residual of the damped map.
-            options = {**self.config.f_options, "tau": 1.0, **options}
+            options = {"tau": 1.0, **self.config.f_options, **options}
             tau, options = options["tau"], options | {"tau": 1.0}
             f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
         solver = self.config.forward_solver(budget, tol, options)

@@ -11,18 +11,20 @@ from deqjax.core.naming import did_you_mean
 from deqjax.training.errors import UserError
 from deqjax.training.state import leaf_path
 
-SCHEDULES = ("constant", "step", "cosine", "inv_sqrt")
+SCHEDULES = ("constant", "step", "cosine", "cosine_after_warmup", "poly", "inv_sqrt")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 
 
 def learning_rate(config: Mapping) -> optax.Schedule:
     """The rate of update k = 0, 1, ...
 
-    A linear warm-up over `warmup_steps` updates, then, with n = `max_steps` (not shifted by the warm-up):
+    A linear warm-up over `warmup_steps` = w updates, then, with n = `max_steps` (not shifted by the warm-up):
 
     * constant: learning_rate.
     * step: learning_rate * decay_factor^(how many numbers of `decay_at` have been reached).
     * cosine: lr_min + (learning_rate - lr_min) / 2 * (1 + cos(pi k / n)).
+    * cosine_after_warmup: max(lr_min, learning_rate / 2 * (1 + cos(pi (k + 1 - w) / (n - w)))).
+    * poly: learning_rate * (1 - k / n)^0.9.
     * inv_sqrt: learning_rate * k^-0.5, reached by a warm-up of learning_rate * k / warmup_steps^1.5.
 
     The warm-up takes the fraction (k + 1) / warmup_steps. With `first_update_full_lr` it is the deq-lm script's, in which
@@ -38,8 +40,10 @@ def learning_rate(config: Mapping) -> optax.Schedule:
     name = config.get("schedule", "constant")
     as_in_script = bool(config.get("first_update_full_lr", False))
     _check("schedule", name, SCHEDULES)
-    if name == "cosine" and total < 1:
-        raise UserError("config.optimizer.schedule='cosine' needs config.optimizer.max_steps, the length of the run.")
+    if name in ("cosine", "cosine_after_warmup", "poly") and total <= (warmup if name == "cosine_after_warmup" else 0):
+        raise UserError(
+            f"config.optimizer.schedule={name!r} needs config.optimizer.max_steps, the length of the run, warm-up included."
+        )
 
     factor, decay_at = float(config.get("decay_factor", 0.1)), [int(step) for step in config.get("decay_at", ())]
     if name == "step" and not decay_at:
@@ -52,6 +56,11 @@ def learning_rate(config: Mapping) -> optax.Schedule:
             later, scale = peak * jnp.maximum(k, 1) ** -0.5, warmup**-1.5 if warmup else 1.0
         elif name == "cosine":
             later, scale = low + (peak - low) / 2 * (1 + jnp.cos(math.pi * k / total)), 1 / max(warmup, 1)
+        elif name == "cosine_after_warmup":
+            fallen = peak / 2 * (1 + jnp.cos(math.pi * (k + 1 - warmup) / (total - warmup)))
+            later, scale = jnp.maximum(low, fallen), 1 / max(warmup, 1)
+        elif name == "poly":
+            later, scale = peak * jnp.maximum(1 - k / total, 0) ** 0.9, 1 / max(warmup, 1)
         else:
             fallen = sum((k >= step).astype(float) for step in decay_at) if name == "step" else 0
             later, scale = jnp.full_like(k, peak) * factor**fallen, 1 / max(warmup, 1)

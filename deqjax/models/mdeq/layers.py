@@ -1,0 +1,62 @@
+"""Convolutions of the multiscale networks, with PyTorch's paddings and the published initial distributions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from deqjax.core.annotations import Array, Float
+from deqjax.models.mdeq.config import MDEQConfig
+from deqjax.nn.config import DEQConfig
+from deqjax.nn.convolution import conv
+from deqjax.nn.layers import ConvWeights, NormalizedConv
+
+PLAIN = DEQConfig(norm_type="none")
+
+
+def uniform(key, shape, dtype=jnp.float32, fan_in: int | None = None):
+    """PyTorch's default of convolutions and linear layers, for kernels `[*window, in, out]`, and for biases given fan_in."""
+    fan_in = fan_in or shape[0] * (shape[1] * shape[2] if len(shape) == 4 else 1)
+    return jax.random.uniform(key, shape, dtype, -1, 1) / fan_in**0.5
+
+
+def normal(key, shape, dtype=jnp.float32):
+    """The originals' own, which their initialisation gives to every convolution that it reaches."""
+    return 0.01 * jax.random.normal(key, shape, dtype)
+
+
+class Conv(NormalizedConv):
+    """A square convolution with `size // 2` zeros on every side; its input is cast to the network's compute dtype.
+
+    Args:
+      n_in, n_out: channels.
+      size: of the window.
+      config: initial distribution and dtype.
+      deq: weight normalisation; by default none.
+    """
+
+    def __init__(self, n_in, n_out, size, config: MDEQConfig, rngs, *, strides=1, use_bias=False, deq: DEQConfig = PLAIN):
+        missed = deq.norm_type == "weight_norm" and not config.init_normalized
+        init = uniform if config.init == "uniform" or missed else normal
+        window = (size, size)
+        super().__init__(
+            n_in, n_out, window, config=deq, strides=strides, padding=size // 2, use_bias=use_bias, init=init, rngs=rngs
+        )
+        if use_bias:
+            shape, fan_in = (n_out,), n_in * size * size
+            draw = (lambda key: uniform(key, shape, fan_in=fan_in)) if init is uniform else (lambda key: normal(key, shape))
+            self.bias[...] = draw(rngs.params())
+        self.dtype = None if config.dtype is None else jnp.dtype(config.dtype)
+
+    def effective(self, *, train: bool = False) -> ConvWeights:
+        weights = super().effective(train=train)
+        return weights if self.dtype is None else dataclasses.replace(weights, kernel=weights.kernel.astype(self.dtype))
+
+    def __call__(self, x: Float[Array, "B H W n_in"]) -> Float[Array, "B h w n_out"]:
+        return convolve(x, self.effective())
+
+
+def convolve(x: Float[Array, "B H W n_in"], weights: ConvWeights) -> Float[Array, "B h w n_out"]:
+    """A convolution in the kernel's dtype; a bias is added in float32 or better."""
+    y = conv(x.astype(weights.kernel.dtype), weights.kernel, **weights.options)
+    return y if weights.bias is None else y.astype(jnp.promote_types(y.dtype, jnp.float32)) + weights.bias[None, None, None]
