@@ -10,11 +10,11 @@ import pathlib
 import pytest
 
 from tests.golden import Case
-from tests.kinds import core, deq_lm, ignn, mdeq
+from tests.kinds import core, deq_flow, deq_lm, ignn, mdeq
 
 # Parts of the project that exist, each with its kinds: name -> check(case, sub).
-PARTS = {"core": core.KINDS, "deq_lm": deq_lm.KINDS, "ignn": ignn.KINDS, "mdeq": mdeq.KINDS}
-NOT_BUILT_YET = ("deq_flow", "deq_inr", "deq_ddim")
+PARTS = {"core": core.KINDS, "deq_lm": deq_lm.KINDS, "ignn": ignn.KINDS, "mdeq": mdeq.KINDS, "deq_flow": deq_flow.KINDS}
+NOT_BUILT_YET = ("deq_inr", "deq_ddim")
 
 HERE = pathlib.Path(__file__).parent
 
