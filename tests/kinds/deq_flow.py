@@ -1,5 +1,6 @@
 """Golden kinds of the flow networks."""
 
+import ast
 import functools
 import hashlib
 
@@ -30,8 +31,8 @@ from deqjax.models.flow import (
 )
 from deqjax.models.mdeq import resize_bilinear
 from deqjax.nn.config import DEQConfig
-from deqjax.training.optimizer import build_optimizer
-from experiments.flow_metrics import end_point_error, masked_l1
+from deqjax.training.optimizer import build_optimizer, learning_rate
+from experiments.flow_metrics import end_point_error, masked_l1, scores
 from tests.golden import Case, close
 
 # Much is compiled here, and little computed.
@@ -544,7 +545,49 @@ def check_video(case: Case, sub=None):
             start = start if following is None else following
 
 
+# Losses, metrics and schedules ----------------------------------------------------------------------------------------
+
+
+def check_loss_metrics(case: Case, sub=None):
+    flow, valid = truth(case)
+    predictions = [last(case[f"in/pred{k}"]) for k in range(case.meta["n"])]
+
+    def loss(predictions, **options):
+        return fixed_point_correction(lambda up: masked_l1(up, flow, valid), predictions, **options)
+
+    value, grads = compiled(jax.value_and_grad(functools.partial(loss, gamma=case.meta["gamma"])))(predictions)
+    same(value, case["loss"], "loss")
+    for k, got in enumerate(grads):
+        if f"grad/pred{k}" in case:
+            same(first(got), case[f"grad/pred{k}"], f"gradient of prediction {k}")
+    error, mask = end_point_error(predictions[-1], flow, valid)
+    same(error, case["out/epe_map"], "EPE")
+    intended = case.meta["metrics_intended"]
+    same(jnp.mean(error, axis=(1, 2)), intended["epe"], "mean EPE", 1e-9)
+    for pixels in (1, 3, 5):
+        # There a pixel that does not count is right.
+        same(jnp.mean(error < pixels, axis=(1, 2)), intended[f"{pixels}px"], f"{pixels}px", 1e-9)
+    counted = scores(predictions[-1], flow, valid)
+    right = jnp.sum((error < 1) * mask)
+    same(counted["1px"][0] / counted["1px"][1], right / jnp.sum(mask), "1px of the pixels that count", 1e-12)
+    plain = lambda **options: fixed_point_correction(lambda up: jnp.mean(jnp.abs(up - flow)), predictions, **options)
+    for name, want in case.meta["other_weightings_plain_l1"].items():
+        weighting, _, rest = name.partition(" ")
+        same(plain(weighting=weighting, **ast.literal_eval(rest)), want, name, 1e-9)
+
+
+def check_lr_schedules(case: Case, sub=None):
+    for recipe in case.meta["schedules"]:
+        onecycle = recipe["schedule"] == "onecycle"
+        total = recipe["num_steps"] + (100 if onecycle else 0)
+        config = {"learning_rate": recipe["lr"], "schedule": recipe["schedule"], "max_steps": total, "lr_min": 1e-6}
+        steps, rates = np.array(recipe["step_lr"]).T
+        same(learning_rate(config)(steps), rates, recipe["schedule"], 1e-9)
+
+
 KINDS = {
+    "loss_metrics": check_loss_metrics,
+    "lr_schedules": check_lr_schedules,
     "model_implicit": check_model_implicit,
     "model_states": check_model_states,
     "train": check_train,
