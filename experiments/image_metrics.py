@@ -43,20 +43,3 @@ def segmentation_scores(counts) -> dict:
         "pixel_accuracy": float(hit.sum() / max(1, true.sum())),
         "mean_accuracy": float((hit / np.maximum(1, true)).mean()),
     }
-
-
-def vitals(stats, counted=None) -> dict:
-    """How a solve went, as metrics over the images that count."""
-    from deqjax.core.stats import Status
-
-    counted = jnp.ones_like(stats.steps, bool) if counted is None else counted
-    columns = {
-        "abs": stats.abs_lowest,
-        "rel": stats.rel_lowest,
-        "steps": stats.steps,
-        "converged": stats.converged,
-        "non_finite": stats.status == Status.NON_FINITE,
-    }
-    dtype = stats.abs_lowest.dtype
-    number = jnp.sum(counted).astype(dtype)
-    return {f"forward/{name}": (jnp.sum(jnp.where(counted, x, 0).astype(dtype)), number) for name, x in columns.items()}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deqjax.core import batched
-from deqjax.core.annotations import Array, Float, State
+from deqjax.core.annotations import Array, ArrayLike, Float, Int, State
 from deqjax.core.solvers.base import Solver
 from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 
@@ -45,7 +45,13 @@ class _Carry(NamedTuple):
     rel_trace: jax.Array
 
 
-def solve(f: Callable[[State], State], z_init: State, solver: Solver, sample_at: Sequence[int] = ()) -> Solved:
+def solve(
+    f: Callable[[State], State],
+    z_init: State,
+    solver: Solver,
+    sample_at: Sequence[int] = (),
+    limit: Int[ArrayLike, ""] | None = None,
+) -> Solved:
     """Iterates from `z_init` until every sample's residual is below the solver's tolerance or its budget is spent.
 
     Never raises on account of the numbers: a sample that turns non-finite stops there and returns its best finite
@@ -57,6 +63,7 @@ def solve(f: Callable[[State], State], z_init: State, solver: Solver, sample_at:
       solver: method and hyper-parameters.
       sample_at: increasing evaluation counts at which the best iterate so far is recorded; steps that the solve does
         not reach repeat its result.
+      limit: stop after so many evaluations, where they are fewer than `solver.max_steps`; unlike that it may be traced.
 
     Returns:
       The best state, the recorded states, the statistics and the state of the method.
@@ -65,8 +72,11 @@ def solve(f: Callable[[State], State], z_init: State, solver: Solver, sample_at:
     if solver.max_steps == 0:
         return Solved(z_init, (), _unsolved(z_init))
     if not solver.monitor:
+        if limit is not None:
+            raise ValueError("limit: a solve without residuals (monitor=False) takes all of its steps.")
         return _solve_unmonitored(f, z_init, solver, sample_at)
 
+    most = solver.max_steps if limit is None else jnp.minimum(limit, solver.max_steps)
     sample_steps = jnp.asarray(sample_at, jnp.int32)
 
     def iterate(carry: _Carry) -> _Carry:
@@ -82,13 +92,13 @@ def solve(f: Callable[[State], State], z_init: State, solver: Solver, sample_at:
         return carry._replace(z=batched.select(finished, carry.z, z_next), method=method, finished=finished)
 
     def unfinished(carry: _Carry):
-        return (carry.step < solver.max_steps) & ~jnp.all(carry.finished)
+        return (carry.step < most) & ~jnp.all(carry.finished)
 
     def trip(carry: _Carry) -> _Carry:
         if solver.check_every == 1:
             return iterate(carry)
         # Past the budget, or once all are finished, the remaining iterations of a trip change nothing.
-        step = lambda _, c: jax.lax.cond(c.step < solver.max_steps, iterate, lambda c: c, c)  # noqa: E731
+        step = lambda _, c: jax.lax.cond(c.step < most, iterate, lambda c: c, c)  # noqa: E731
         return jax.lax.fori_loop(0, solver.check_every, step, carry)
 
     # One more row takes the writes of steps past the last sampled one.

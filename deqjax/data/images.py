@@ -1,5 +1,6 @@
 """Pictures in files: any kind that people have, read into one array form."""
 
+import io
 import os
 import pathlib
 import struct
@@ -26,14 +27,23 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
     Raises:
       DataError: there is no such file, it is empty, truncated or no picture, or it has no pixels.
     """
+    return _read(path, str(path), channels)
+
+
+def decode_image(data: bytes, name: str, channels: int = 3) -> np.ndarray:
+    """The picture in the bytes of a file, as by `read_image`; errors call it by the name."""
+    return _read(io.BytesIO(data), name, channels)
+
+
+def _read(file, name, channels):
     image = pillow()
     try:
-        with image.open(path) as file:
-            return _as_array(file, channels)
+        with image.open(file) as opened:
+            return _as_array(opened, channels)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file.") from error
+        raise DataError(f"{name}: there is no such file.") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no picture that can be read ({error}).") from error
+        raise DataError(f"{name} is no picture that can be read ({error}).") from error
 
 
 def _as_array(file, channels):

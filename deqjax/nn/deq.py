@@ -61,8 +61,8 @@ class DEQ(nnx.Module):
           f: maps states `[B, ...]` to states, closed over its injection.
           z_init: where to start.
           train: supervised states with gradients, or the single result.
-          solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, `f_tol`, and options of the forward
-            solver.
+          solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, `f_tol`, `f_limit` (stop after so many
+            steps of the budget; may be traced, as f_tol may), and options of the forward solver.
           key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
         """
         z_init = as_state(z_init)
@@ -108,11 +108,12 @@ class DEQ(nnx.Module):
         return DEQOutput(states, stats, radius)
 
     def _solve(self, f: Hoisted, z, budget, tol, options, sample_at=()):
-        tol = options.pop("f_tol", tol)
+        tol, limit = options.get("f_tol", tol), options.get("f_limit")
+        options = {name: value for name, value in options.items() if name not in ("f_tol", "f_limit")}
         if self.config.preset == "torchdeq" and self.config.f_solver in ("picard", "fixed_point_iter"):
             # The original measures the residual of the damped map.
             options = {"tau": 1.0, **self.config.f_options, **options}
             tau, options = options["tau"], options | {"tau": 1.0}
             f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
         solver = self.config.forward_solver(budget, tol, options)
-        return solve(f.detached(), z, solver, sample_at)
+        return solve(f.detached(), z, solver, sample_at, limit)

@@ -269,7 +269,9 @@ def check_train(case: Case, sub=None):
     for key, value in expected.items():
         close(exported[key], value, rtol=1e-7, what=f"{key} after {t} steps")
     if "out/logits_eval_after" in case:
-        close(trained(images(case, "in/x0")), case["out/logits_eval_after"], rtol=1e-7, what="logits after training")
+        evaluate = compiled(lambda state, x: nnx.merge(nnx.graphdef(trained), state)(x))
+        logits = evaluate(nnx.state(trained), images(case, "in/x0"))
+        close(logits, case["out/logits_eval_after"], rtol=1e-7, what="logits after training")
 
 
 def check_solver_traces(case: Case, sub=None):

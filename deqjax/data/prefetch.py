@@ -1,0 +1,71 @@
+"""Batches by number, prepared by threads ahead of their use."""
+
+import concurrent.futures
+import os
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Job = Callable[[], Any]
+
+
+class Prefetch:
+    """A stream whose batches are made in background threads.
+
+    What a batch holds depends on its number alone, never on the threads: whoever makes the jobs gives each a random
+    generator of its own, e.g. `np.random.default_rng((seed, step, row))`.
+
+    Args:
+      jobs: the jobs of batch `step`, such as one per sample, or one for a whole batch of arrays in memory.
+      collate: their results, in order, as a batch.
+      threads: how many; 0 prepares every batch when it is asked for. Reading and decoding files release Python's lock.
+      ahead: how many batches are kept ready or in the making.
+    """
+
+    def __init__(
+        self,
+        jobs: Callable[[int], Sequence[Job]],
+        collate: Callable[[list], dict[str, np.ndarray]],
+        *,
+        threads: int | None = None,
+        ahead: int = 2,
+    ):
+        threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        if threads < 0 or ahead < 1:
+            raise ValueError(f"threads={threads} must be 0 or more, and ahead={ahead} 1 or more.")
+        self._jobs, self._collate, self._ahead = jobs, collate, ahead
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "input") if threads else None
+        self._pending: dict[int, list[concurrent.futures.Future]] = {}
+        if self._pool is not None:
+            # Without this the interpreter would wait for what nobody wants any more.
+            weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Batch `step`; those after it are begun. Raises what one of its jobs has raised."""
+        if self._pool is None:
+            return self._collate([job() for job in self._jobs(step)])
+        wanted = range(step, step + 1 + self._ahead)
+        for other in [s for s in self._pending if s not in wanted]:
+            for future in self._pending.pop(other):
+                future.cancel()
+        for s in wanted:
+            if s not in self._pending:
+                self._pending[s] = [self._pool.submit(job) for job in self._jobs(s)]
+        return self._collate([future.result() for future in self._pending.pop(step)])
+
+    def rate(self, seconds: float = 2.0, most: int = 16) -> float:
+        """Batches per second of the pipeline alone, measured over so many seconds (or batches), the first one left out."""
+        self.batch(0)
+        start, done = time.monotonic(), 0
+        while done < most and (done == 0 or time.monotonic() - start < seconds):
+            done += 1
+            self.batch(done)
+        return done / max(time.monotonic() - start, 1e-9)
+
+
+def stacked(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Samples as a batch, each array with a leading axis."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}

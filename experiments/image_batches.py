@@ -1,0 +1,78 @@
+"""Batches of image experiments: which images, in what order, made by threads, spread over processes and devices."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from deqjax.data.errors import DataError
+from deqjax.data.image_set import Damaged
+from deqjax.data.prefetch import Prefetch, stacked
+from deqjax.training.console import say
+from deqjax.training.mesh import make_mesh, place_whole, process_share
+
+
+def chosen_rows(config, n_images: int, step: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """Numbers of the images in this process's share of training batch `step`, and a seed for each.
+
+    Every epoch has an order of its own; what is left at its end of less than a batch is dropped.
+    """
+    B = config.data.batch_size
+    epoch, part = divmod(step, n_images // B)
+    order = np.random.default_rng((config.seed, epoch)).permutation(n_images)
+    share, shares = process_share(make_mesh(config.get("mesh")))
+    rows = np.split(np.arange(B), shares)[share]
+    return order[part * B + rows], [(config.seed, step, int(row)) for row in rows]
+
+
+def training_stream(config, jobs: Callable, in_memory: bool = False) -> Prefetch:
+    """The batches, with a word on how fast they can be made.
+
+    Args:
+      jobs: see `Prefetch`; one per image, or one for the batch if the images are in memory.
+    """
+    stream = Prefetch(jobs, _only if in_memory else stacked, threads=config.data.threads, ahead=config.data.ahead)
+    images = config.data.batch_size / process_share(make_mesh(config.get("mesh")))[1]
+    say(f"Input pipeline alone: {stream.rate() * images:,.0f} images/s in this process")
+    return stream
+
+
+def evaluation_batches(config, n_images: int, load: Callable, in_memory: bool = False) -> Iterator[dict]:
+    """All images in order, on the devices; the last batch is filled up with rows that do not count.
+
+    Args:
+      load: sample number i, with `counted`; if the images are in memory, the samples of an array of numbers.
+    """
+    B, mesh = config.data.eval_batch_size, make_mesh(config.get("mesh"))
+
+    def row(i):
+        sample = load(min(i, n_images - 1))
+        return sample if i < n_images else sample | {"counted": np.bool_(False)}
+
+    def whole(numbers):
+        batch = load(np.minimum(numbers, n_images - 1))
+        return batch | {"counted": batch["counted"] & (numbers < n_images)}
+
+    def jobs(step):
+        numbers = np.arange(step * B, (step + 1) * B)
+        return [functools.partial(whole, numbers)] if in_memory else [functools.partial(row, int(i)) for i in numbers]
+
+    n_batches = -(-n_images // B)
+    stream = Prefetch(
+        lambda step: jobs(step) if step < n_batches else [], _only if in_memory else stacked, threads=config.data.threads
+    )
+    for step in range(n_batches):
+        yield place_whole(mesh, stream.batch(step))
+
+
+def _only(parts):
+    return parts[0]
+
+
+def read_or_blank(images, number: int, damaged: Damaged, blank: Callable) -> tuple:
+    """Item `number` and True; what `blank` makes and False for an item that cannot be read, which is noted."""
+    try:
+        return images[number], True
+    except DataError as error:
+        damaged.note(number, error)
+        return blank(), False

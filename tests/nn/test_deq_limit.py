@@ -1,0 +1,33 @@
+"""A traced bound on the steps of a solve."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deqjax.nn.deq import DEQ
+
+F, START = (lambda z: jnp.cos(z) + 0.1), jnp.zeros((3, 4))
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_a_limit_gives_what_so_small_a_budget_gives(check_every):
+    settings = {"f_solver": "anderson", "f_tol": 0.0, "f_options": {"check_every": check_every}}
+    run = jax.jit(lambda limit: DEQ(f_max_iter=9, **settings)(F, START, train=True, solver_options={"f_limit": limit}))
+    for limit in (5, 9, 20):
+        states, stats, _ = run(limit)
+        expected = DEQ(f_max_iter=min(limit, 9), **settings)(F, START, train=True)
+        np.testing.assert_allclose(states[-1], expected.states[-1], rtol=1e-14)
+        np.testing.assert_array_equal(stats.steps, min(limit, 9))
+        assert stats.abs_trace.shape[1] == 9
+
+
+def test_the_options_of_a_call_hold_for_every_slice():
+    deq = DEQ(f_max_iter=20, n_states=2, f_tol=0.0)
+    _, stats, _ = deq(F, START, train=True, solver_options={"f_tol": 1e9})
+    np.testing.assert_array_equal(stats.steps, 2)
+
+
+def test_a_solve_without_residuals_has_no_limit():
+    with pytest.raises(ValueError, match="without residuals"):
+        DEQ(no_stat=True)(F, START, train=True, solver_options={"f_limit": 3})
