@@ -16,9 +16,7 @@ def counted(truth: Float[Array, "B H W 2"], valid: Float[Array, "B H W"]) -> Flo
     return ((valid >= 0.5) & (_length(truth) < LONGEST)).astype(truth.dtype)
 
 
-def masked_l1(
-    flow: Float[Array, "B H W 2"], truth: Float[Array, "B H W 2"], valid: Float[Array, "B H W"]
-) -> Float[Array, ""]:
+def masked_l1(flow: Float[Array, "B H W 2"], truth: Float[Array, "B H W 2"], valid: Float[Array, "B H W"]) -> Float[Array, ""]:
     """Mean over all entries, known or not, of |flow - truth| where it is known (the loss of RAFT and its descendants)."""
     return jnp.mean(jnp.abs(flow - truth) * counted(truth, valid)[..., None])
 

@@ -10,10 +10,16 @@ import pathlib
 import pytest
 
 from tests.golden import Case
-from tests.kinds import core, deq_flow, deq_lm, ignn, mdeq
+from tests.kinds import core, deq_flow, deq_flow_data, deq_lm, ignn, mdeq
 
 # Parts of the project that exist, each with its kinds: name -> check(case, sub).
-PARTS = {"core": core.KINDS, "deq_lm": deq_lm.KINDS, "ignn": ignn.KINDS, "mdeq": mdeq.KINDS, "deq_flow": deq_flow.KINDS}
+PARTS = {
+    "core": core.KINDS,
+    "deq_lm": deq_lm.KINDS,
+    "ignn": ignn.KINDS,
+    "mdeq": mdeq.KINDS,
+    "deq_flow": deq_flow.KINDS | deq_flow_data.KINDS,
+}
 NOT_BUILT_YET = ("deq_inr", "deq_ddim")
 
 HERE = pathlib.Path(__file__).parent

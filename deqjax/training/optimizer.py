@@ -42,7 +42,9 @@ def learning_rate(config: Mapping) -> optax.Schedule:
     name = config.get("schedule", "constant")
     as_in_script = bool(config.get("first_update_full_lr", False))
     _check("schedule", name, SCHEDULES)
-    if name in ("cosine", "cosine_after_warmup", "poly", "onecycle") and total <= (warmup if name == "cosine_after_warmup" else 0):
+    if name in ("cosine", "cosine_after_warmup", "poly", "onecycle") and total <= (
+        warmup if name == "cosine_after_warmup" else 0
+    ):
         raise UserError(
             f"config.optimizer.schedule={name!r} needs config.optimizer.max_steps, the length of the run, warm-up included."
         )
