@@ -4,8 +4,8 @@
     python -m experiments.deq_flow --config configs/flow_sintel.py:huge --mode submit --config.submit.path=submission
 
 Paper: Deep Equilibrium Optical Flow Estimation (arXiv 2204.08442); recipe of the authors' first version: 36 steps of Broyden's
-method, six states with three steps of gradient each. Sintel's server gave H 1.519 (clean) and 2.886 (final). Not reproduced here
-yet. In a batch, pairs of Sintel count 100 times (each rendering), of KITTI 200, of HD1K 5, of FlyingThings3D (clean) once.
+method, six states with three steps of gradient each. Sintel's server gave H 1.519 (clean) and 2.886 (final). Not reproduced
+here yet. In a batch, pairs of Sintel count 100 times (each rendering), of KITTI 200, of HD1K 5, of FlyingThings3D (clean) once.
 
 Variants as in configs/flow_chairs.py.
 """
