@@ -64,10 +64,11 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.submit = ml_collections.ConfigDict()
     config.submit.set = "sintel"
     config.submit.path = ""
+    config.submit.pictures = False
     config.export_path = "deq_flow.safetensors"
     config.viz = ml_collections.ConfigDict()
     config.viz.input = ""
-    config.viz.output = ""
+    config.viz.output = "flow_pictures"
     config.viz.steps = (5, 10, 20, 40, 80)
 
     config.optimizer = ml_collections.ConfigDict()

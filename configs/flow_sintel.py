@@ -7,7 +7,7 @@ Paper: Deep Equilibrium Optical Flow Estimation (arXiv 2204.08442); recipe of th
 method, six states with three steps of gradient each. Sintel's server gave H 1.519 (clean) and 2.886 (final). Not reproduced
 here yet. In a batch, pairs of Sintel count 100 times (each rendering), of KITTI 200, of HD1K 5, of FlyingThings3D (clean) once.
 
-Variants as in configs/flow_chairs.py.
+Variants as in configs/flow_chairs.py. Checkpoints of the first version need `--config.model.old_version=True`.
 """
 
 import ml_collections
@@ -21,7 +21,6 @@ def get_config(variant: str = "huge") -> ml_collections.ConfigDict:
     config.data.crop = (368, 768)
 
     config.model.all_grad = False
-    config.model.old_version = True
     config.deq.f_solver = "broyden"
     config.deq.f_max_iter = 36
     config.deq.n_states = 6

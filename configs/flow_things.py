@@ -1,7 +1,8 @@
 """DEQ-Flow on FlyingThings3D, the second stage of training.
 
     python -m experiments.deq_flow --config configs/flow_things.py --config.init_from=runs/flow_chairs
-    python -m experiments.deq_flow --config configs/flow_things.py --mode eval --config.init_from=deq-flow-B-things-1.pth
+    python -m experiments.deq_flow --config configs/flow_things.py --mode eval --config.deq.f_solver=fixed_point_iter \\
+        --config.init_from=deq-flow-B-things-1.pth
 
 Paper: Deep Equilibrium Optical Flow Estimation (arXiv 2204.08442); recipe and numbers of TorchDEQ's DEQ Zoo, on the training
 splits, which this stage has not seen, after 60 steps of the solver:

@@ -3,27 +3,37 @@
     python -m experiments.deq_flow --config configs/flow_warped_photos.py
     python -m experiments.deq_flow --config configs/flow_things.py --config.init_from=runs/flow_chairs
 
-Modes: train (and resume), eval (EPE, 1, 3 and 5 px, F1-all on the sets in `config.evaluate`), export (the weights as a PyTorch
-state dict, to `config.export_path`). `config.init_from` takes another run or such a file.
+    python -m experiments.deq_flow --config configs/flow_warped_photos.py --mode viz --config.viz.input=clip.mp4
+
+Modes: train (and resume); eval (EPE, 1, 3 and 5 px, F1-all on the sets in `config.evaluate`); submit (the files of a benchmark's
+server, `config.submit`); viz (colours and warp errors of two frames, a folder or a video, `config.viz`; without input, samples
+of the first set in `config.evaluate`, and residual and EPE against solver steps); export (the weights as a PyTorch state dict,
+to `config.export_path`). `config.init_from` takes another run or such a file.
 """
 
 import functools
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from deqjax.core.correction import correction_weights
 from deqjax.core.naming import did_you_mean
+from deqjax.data.errors import DataError
 from deqjax.interop.flow import export_flow, load_flow
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
-from deqjax.models.flow import DEQFlow, FlowConfig
+from deqjax.models.flow import DEQFlow, FlowConfig, pad, padding_of, unpad
 from deqjax.models.flow.upsampling import SCALE
 from deqjax.nn.config import DEQConfig
+from deqjax.training.console import say
+from deqjax.training.errors import UserError
 from experiments.flow_data import EVALUATIONS, STAGES, evaluation_set, training_mix, zero_flow_epe
-from experiments.flow_evaluation import estimator, evaluate_set
+from experiments.flow_evaluation import estimator, evaluate_set, submit
 from experiments.flow_metrics import WITHIN, masked_l1, scores
+from experiments.flow_pictures import draw_convergence, draw_frames, draw_samples
 from experiments.image_batches import chosen_rows, training_stream
 from experiments.image_training import vitals
 
@@ -32,7 +42,7 @@ class FlowTask:
     """What the training loop needs to know about optical flow."""
 
     name = "deq_flow"
-    modes = ("train", "eval", "export")
+    modes = ("train", "eval", "submit", "viz", "export")
     free_to_change = (
         "data.dir",
         "data.threads",
@@ -121,6 +131,56 @@ class FlowTask:
     def import_checkpoint(self, path: str, model: DEQFlow) -> None:
         """Published weights: a `.pth`, `.pt` or `.safetensors` state dict."""
         load_flow(model, read_checkpoint(path))
+
+    def submit(self, model: DEQFlow) -> str:
+        """Writes the files of `config.submit.set`, or their pictures, to `config.submit.path`."""
+        options = self.config.submit
+        of_mode = lambda mode: estimator(model, mode, self.config.get("mesh"))  # noqa: E731
+        try:
+            n = submit(options.set, self.config.data.dir, options.path, of_mode, pictures=options.pictures, **self._video)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return f"Wrote {n} files to {options.path}."
+
+    def viz(self, model: DEQFlow) -> str:
+        """Draws `config.viz.input`, or else samples and convergence, to the folder `config.viz.output`."""
+        options = self.config.viz
+        if not options.input:
+            self.show(model, Path(options.output))
+            return f"Wrote samples.png and convergence.png to {options.output}."
+        written = draw_frames(options.input, options.output, self._estimator(model, self.config.evaluate[0]), **self._video)
+        return f"Wrote {len(written)} file(s) to {options.output}: {written[0].name} ..."
+
+    def show(self, model: DEQFlow, workdir) -> None:
+        """Samples of the first set that is evaluated, and what more solver steps bring there."""
+        name = self.config.evaluate[0]
+        try:
+            pairs = evaluation_set(name, self.config.data)
+        except DataError as error:
+            return say(f"No pictures of {name}: {error}")
+        workdir.mkdir(parents=True, exist_ok=True)
+        numbers = range(0, len(pairs), max(len(pairs) // 4, 1))[:4]
+        samples = [pairs.read(number) for number in numbers]
+        estimate, steps = self._estimator(model, name), tuple(self.config.viz.steps)
+        draw_samples(samples, [np.asarray(estimate(s.image1, s.image2).flow[0]) for s in samples], workdir / "samples.png")
+
+        graph, state = nnx.split(model)
+
+        @jax.jit
+        def solve(state, image1, image2):
+            model = nnx.merge(graph, state)
+            padding = padding_of(*image1.shape[1:3], EVALUATIONS[name])
+            states, stats = model.trajectory(model.encode(pad(image1, padding), pad(image2, padding)), steps)
+            return [unpad(model.decode(z), padding) for z in states], stats.abs_trace
+
+        residuals, errors = [], []
+        for sample in samples:
+            frames = (np.asarray(image[None], np.float32) for image in (sample.image1, sample.image2))
+            flows, trace = jax.device_get(solve(state, *frames))
+            residuals.append(trace[0])
+            known = sample.valid > 0
+            errors.append([np.mean(np.linalg.norm(flow[0] - sample.flow, axis=-1)[known]) for flow in flows])
+        draw_convergence(np.array(residuals), steps, np.mean(errors, axis=0), workdir / "convergence.png")
 
     def _estimator(self, model, name):
         return estimator(model, EVALUATIONS[name], self.config.get("mesh"))

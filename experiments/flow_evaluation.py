@@ -48,7 +48,8 @@ def estimator(model: DEQFlow, mode: str, mesh_sizes=None) -> Estimator:
 
 
 @functools.partial(jax.jit, static_argnames=("warm_start", "fixed_point_reuse"))
-def _next(z, warm_start, fixed_point_reuse):
+def carried_on(z, warm_start, fixed_point_reuse):
+    """`next_start`, compiled."""
     return next_start(z, warm_start=warm_start, fixed_point_reuse=fixed_point_reuse)
 
 
@@ -60,7 +61,7 @@ def estimates(
     for number, pair in enumerate(pairs.pairs):
         found = estimate(*pairs.frames(number), None if pair.begins else start)
         yield number, found
-        start = _next(found.z, warm_start, fixed_point_reuse)
+        start = carried_on(found.z, warm_start, fixed_point_reuse)
 
 
 # Scores --------------------------------------------------------------------------------------------------------------

@@ -57,13 +57,13 @@ def warped_photos(
     split = folder / CHAIRS_SPLIT[0]
     if split.is_file():
         return folder
-    data, photographs = folder / "FlyingChairs_release" / "data", _photographs()
+    data, files = folder / "FlyingChairs_release" / "data", photographs()
     data.mkdir(parents=True, exist_ok=True)
     margin = int(np.ceil(2 * motion)) + 2
     for number in range(n_train + n_valid):
         random = np.random.default_rng((seed, number))
         names = TRAINING if number < n_train else VALIDATION
-        photo = read_image(photographs[names[random.integers(len(names))]])
+        photo = read_image(files[names[random.integers(len(names))]])
         if random.random() < 0.5 and min(photo.shape[0] // 2 - H, photo.shape[1] // 2 - W) > 2 * margin:
             photo = np.asarray(pillow().fromarray(photo).reduce(2))
         free = [n - m - 2 * margin for n, m in zip(photo.shape, size, strict=False)]
@@ -97,14 +97,14 @@ def warped_pair(photo: np.ndarray, corner, field: np.ndarray) -> tuple[np.ndarra
     H, W = field.shape[:2]
     y, x = np.meshgrid(np.arange(H), np.arange(W), indexing="ij")
     target_x, target_y = x + field[..., 0], y + field[..., 1]
-    image1 = _cubic(photo.astype(np.float64), corner[0] + target_y, corner[1] + target_x)
+    image1 = cubic(photo.astype(np.float64), corner[0] + target_y, corner[1] + target_x)
     image2 = photo[corner[0] : corner[0] + H, corner[1] : corner[1] + W]
     inside = (target_x >= 0) & (target_x <= W - 1) & (target_y >= 0) & (target_y <= H - 1)
     flow = np.where(inside[..., None], field, 10 * UNKNOWN_FLOW).astype(np.float32)
     return np.rint(np.clip(image1, 0, 255)).astype(np.uint8), np.ascontiguousarray(image2), flow
 
 
-def _cubic(image, y, x):
+def cubic(image, y, x):
     """Samples at real coordinates that lie two pixels inside (Catmull and Rom)."""
     rows, columns = np.floor(y).astype(int), np.floor(x).astype(int)
     of_rows, of_columns = _cubic_weights(y - rows), _cubic_weights(x - columns)
@@ -125,7 +125,7 @@ def _cubic_weights(t):
     )
 
 
-def _photographs() -> dict[str, pathlib.Path]:
+def photographs() -> dict[str, pathlib.Path]:
     """Where the photographs are, by name."""
     found = {}
     try:
