@@ -70,7 +70,7 @@ class DEQFlow(nnx.Module):
     def __call__(
         self,
         image1: Shaped[Array, "B H W 3"],
-        image2: Shaped[Array, "B H W 3"],
+        image2: Shaped[Array, "B H2 W2 3"],
         *,
         start: State | None = None,
         mode: str = "sintel",
@@ -87,6 +87,7 @@ class DEQFlow(nnx.Module):
         Raises:
           ValueError: the frames are empty, or differ in size.
         """
+        self._check_sizes(image1, image2)
         padding = padding_of(*image1.shape[1:3], mode)
         image1, image2 = (pad(image.astype(jnp.result_type(image, jnp.float32)), padding) for image in (image1, image2))
         out = self.solve(self.encode(image1, image2), start=start, solver_options=solver_options)
@@ -98,7 +99,7 @@ class DEQFlow(nnx.Module):
     def encode(
         self,
         image1: Float[Array, "B H W 3"],
-        image2: Float[Array, "B H W 3"],
+        image2: Float[Array, "B H2 W2 3"],
         *,
         train: bool = False,
         freeze: bool = False,
@@ -135,11 +136,17 @@ class DEQFlow(nnx.Module):
         weights, of_context = self.cell.effective(context, train=train)
         return Injection(correlate(fmap1, fmap2, self.config.correlation), of_context, attention, weights)
 
-    def _check_images(self, image1, image2):
+    def _check_sizes(self, image1, image2):
         if image1.shape != image2.shape:
-            raise ValueError(f"frames of {image1.shape[1:3]} and {image2.shape[1:3]}: both must have the same size.")
+            sizes = " and ".join(f"{image.shape[1]} x {image.shape[2]}" for image in (image1, image2))
+            raise ValueError(f"frames of {sizes}: both must have the same size.")
+        if 0 in image1.shape:
+            raise ValueError(f"frames of {image1.shape[1]} x {image1.shape[2]}: there are no pixels.")
+
+    def _check_images(self, image1, image2):
+        self._check_sizes(image1, image2)
         H, W = image1.shape[1:3]
-        if H % SCALE or W % SCALE or 0 in (H, W):
+        if H % SCALE or W % SCALE:
             raise ValueError(
                 f"frames of {H} x {W}: height and width must be multiples of {SCALE}; calling the model pads them, or use "
                 "deqjax.models.flow.padding."
