@@ -5,10 +5,10 @@
 
     python -m experiments.deq_flow --config configs/flow_warped_photos.py --mode viz --config.viz.input=clip.mp4
 
-Modes: train (and resume); eval (EPE, 1, 3 and 5 px, F1-all on the sets in `config.evaluate`); submit (the files of a benchmark's
-server, `config.submit`); viz (colours and warp errors of two frames, a folder or a video, `config.viz`; without input, samples
-of the first set in `config.evaluate`, and residual and EPE against solver steps); export (the weights as a PyTorch state dict,
-to `config.export_path`). `config.init_from` takes another run or such a file.
+Modes: train (and resume); eval (EPE, 1, 3 and 5 px, F1-all on the sets in `config.evaluate`); submit (the files for a server of
+`config.submit`); viz (colours and warp errors of two frames, a folder or a video, `config.viz`; without input, samples of the
+first set in `config.evaluate`, and residual and EPE against solver steps); export (the weights as a PyTorch state dict, to
+`config.export_path`). `config.init_from` takes another run or such a file.
 """
 
 import functools
@@ -74,6 +74,8 @@ class FlowTask:
 
     def data(self, split: str):
         mix = training_mix(self.config.data)
+        if len(mix) < self.config.data.batch_size:
+            raise DataError(f"data.batch_size={self.config.data.batch_size}, but there are {len(mix)} pairs to train on.")
 
         def jobs(step):
             numbers, seeds = chosen_rows(self.config, len(mix), step)

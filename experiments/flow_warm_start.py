@@ -35,8 +35,6 @@ LEVELS = (0.3, 0.2, 0.1, 0.05, 0.03)
 class WarmStartTask(FlowTask):
     """The flow task with the table in the place of its evaluation."""
 
-    modes = ("eval",)
-
     def report(self, model) -> str:
         """The table."""
         frames = glide() if not self.config.viz.input else [image for _, image in frames_of(self.config.viz.input)[0]]

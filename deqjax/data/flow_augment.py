@@ -140,9 +140,9 @@ def jittered(image: np.ndarray, jitter: Jitter) -> np.ndarray:
     picture = pillow().fromarray(image)
     for operation in jitter.order:
         if operation == "hue":
-            hue, saturation, value = (np.asarray(band) for band in picture.convert("HSV").split())
-            hue = hue + np.uint8(int(jitter.hue * 255) % 256)  # around the circle
-            picture = pillow().fromarray(np.stack([hue, saturation, value], axis=-1), "HSV").convert("RGB")
+            hue, saturation, value = picture.convert("HSV").split()
+            turned = np.asarray(hue) + np.uint8(int(jitter.hue * 255) % 256)  # around the circle
+            picture = pillow().merge("HSV", (pillow().fromarray(turned), saturation, value)).convert("RGB")
         else:
             picture = enhancers[operation](picture).enhance(getattr(jitter, operation))
     return np.asarray(picture)

@@ -25,7 +25,14 @@ from tests.training.meshes import assert_meshes_agree, mesh_of
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "flow_warped_photos.py"
 SMALL = {"data.n_train": 8, "data.n_valid": 2, "data.size": (32, 40), "data.motion": 3.0, "data.crop": (24, 32)}
-SMALL |= {"data.threads": 0, "deq.f_max_iter": 2, "deq.n_states": 2, "deq.eval_f_max_iter": 2, "viz.steps": (1, 2)}
+SMALL |= {
+    "data.batch_size": 8,
+    "data.threads": 0,
+    "deq.f_max_iter": 2,
+    "deq.n_states": 2,
+    "deq.eval_f_max_iter": 2,
+    "viz.steps": (1, 2),
+}
 SMALL |= {"steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 1}
 
 
