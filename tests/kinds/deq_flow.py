@@ -353,28 +353,32 @@ def truth(case: Case, suffix=""):
     return last(flow.astype(np.float64)), jnp.asarray(case[f"in/valid{suffix}"], jnp.float64)
 
 
-def check_probe(case: Case, model: DEQFlow):
-    """Features, context and one application of f; the first sample of the batch."""
+def check_probe(case: Case, model: DEQFlow, solve: bool = False):
+    """Features, context and one application of f for the first sample; then, if asked for, the whole batch in evaluation."""
     graph, state = nnx.split(model)
 
     @compiled
     def apply(state, image1, image2, h, flow):
         model = nnx.merge(graph, state)
-        injection = model.encode(image1, image2)
-        both = model.fnet(jnp.concatenate([2 * image1 / 255 - 1, 2 * image2 / 255 - 1]))
+        fmaps = model.fnet(jnp.concatenate([2 * image1 / 255 - 1, 2 * image2 / 255 - 1]))
+        fmap1, fmap2 = jnp.split(fmaps, 2)
         context = jax.nn.relu(model.cnet(2 * image1 / 255 - 1))
+        injection = model.inject(fmap1[:1], fmap2[:1], context[:1])
         corr = lookup(injection.correlation, grid(*flow.shape[:3], flow.dtype) + flow)
         z = model.cell(State(h, flow), injection)
         motion = injection.weights.motion(flow, corr)
-        return both, context, corr, motion, z, model.decode(z), injection.attention
+        one = (fmap1, fmap2, context, corr, motion, z, model.decode(z), injection.attention)
+        if not solve:
+            return one, None
+        z = model.solve(model.inject(fmap1, fmap2, context)).states[-1]
+        return one, (z, model.decode(z))
 
-    image1, image2 = (image[:1] for image in pair(case))
-    flow = last(case["in/probe_flow"])
-    h = last(case["in/probe_h"].astype(np.float64))
-    fmaps, context, corr, motion, z, up, attention = apply(state, image1, image2, h, flow)
-    same(first(fmaps)[:1, ::8], case["out/fmap1_every8"], "features of the first frame")
-    same(first(fmaps)[1:, ::8], case["out/fmap2_every8"], "features of the second frame")
-    same(first(context)[:, ::4], case["out/inp_every4"], "context")
+    flow, h = last(case["in/probe_flow"]), last(case["in/probe_h"].astype(np.float64))
+    one, solved = apply(state, *pair(case), h, flow)
+    fmap1, fmap2, context, corr, motion, z, up, attention = one
+    same(first(fmap1)[:1, ::8], case["out/fmap1_every8"], "features of the first frame")
+    same(first(fmap2)[:1, ::8], case["out/fmap2_every8"], "features of the second frame")
+    same(first(context)[:1, ::4], case["out/inp_every4"], "context")
     same(first(corr)[:, ::12], case["out/f_once_corr_every12"], "correlations")
     same(first(motion)[:, 2::4], case["out/f_once_motion_every4_from2"], "motion features")
     same(first(z.h), case["out/f_once_h"], "hidden state")
@@ -382,6 +386,7 @@ def check_probe(case: Case, model: DEQFlow):
     same(first(up)[..., 1::4, 2::4], case["out/f_once_flow_up_every4"], "upsampled flow")
     if "out/attn_rows_every16" in case:
         same(np.asarray(attention)[:, :, ::16], case["out/attn_rows_every16"], "attention")
+    return solved
 
 
 def check_model_implicit(case: Case, sub=None):
@@ -411,7 +416,7 @@ def check_model_implicit(case: Case, sub=None):
 def check_model_states(case: Case, sub=None):
     """Supervised states, their losses, gradients, evaluation, and metrics as they were meant."""
     model = build(case)
-    check_probe(case, model)
+    z, up = check_probe(case, model, solve=True)
     image1, image2 = pair(case)
     flow, valid = truth(case)
     freeze = "FROZEN" in case.meta["mode"].upper()
@@ -424,15 +429,6 @@ def check_model_states(case: Case, sub=None):
         )
         return value, (predictions, values, out.stats, nnx.state(model, nnx.BatchStat))
 
-    graph, state = nnx.split(model)
-
-    @compiled
-    def evaluate(state):
-        model = nnx.merge(graph, state)
-        z = model.solve(model.encode(image1, image2)).states[-1]
-        return z, model.decode(z)
-
-    z, up = evaluate(state)
     value, (predictions, values, stats, statistics), gradient = gradients(model, loss)
     assert len(predictions) == case.meta["n_preds"]
     for k, prediction in enumerate(predictions):
