@@ -1,5 +1,6 @@
 """Deep equilibrium optical flow: encode, solve, decode."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -186,12 +187,17 @@ class DEQFlow(nnx.Module):
     ) -> tuple[tuple[State, ...], SolverStats]:
         """The best states after so many evaluations of f, all from one solve that does not stop early.
 
+        A solver that takes no residuals is replaced by the one that does and else is the same.
+
         Args:
           injection: of the frames.
           steps: increasing.
           start: a state to begin with; None is zero.
         """
-        solver = self.deq.config.forward_solver(max(steps), 0.0)
+        config = self.deq.config
+        if config.f_solver == "simple_fixed_point_iter" or config.no_stat:
+            config = dataclasses.replace(config, f_solver="fixed_point_iter", no_stat=None)
+        solver = config.forward_solver(max(steps), 0.0)
         f, z_init = lambda z: self.cell(z, injection), self.initial_state(injection) if start is None else start
         solved = fixed_point(f, z_init, solver=solver, gradient=OneStep(), sample_at=tuple(steps))
         return solved.samples, solved.stats
