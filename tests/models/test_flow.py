@@ -25,6 +25,8 @@ from deqjax.models.flow import (
     padding_of,
     unpad,
 )
+from deqjax.models.flow.cell import SeparableGRU
+from deqjax.models.flow.layers import Conv
 from deqjax.nn.config import DEQConfig
 
 # Much is compiled here, and little computed.
@@ -109,23 +111,21 @@ def test_memory_of_the_lookup_on_demand_is_linear_in_the_pixels():
 
 
 def test_what_the_context_contributes_may_be_computed_once():
-    config = FlowConfig(size="tiny")
-    cell, C = Cell(config, DEQConfig(), nnx.Rngs(0)), config.widths.hidden
+    C, graph, state = 32, *nnx.split(SeparableGRU(32, 64, lambda n_in, n_out, window: Conv(n_in, n_out, window, nnx.Rngs(0))))
     h, context, x = (normal(k, 1, 5, 6, C) for k in range(3))
-    weights, contributions = cell.gru.effective(context, train=False)
-    got = h
-    for one, contribution in zip(weights, contributions, strict=True):
-        got = one(got, x, contribution)
 
-    for z, r, q in (
-        (cell.gru.convz1, cell.gru.convr1, cell.gru.convq1),
-        (cell.gru.convz2, cell.gru.convr2, cell.gru.convq2),
-    ):
-        apply = lambda layer, *parts: layer.effective()(jnp.concatenate(parts, axis=-1))
-        gate = jax.nn.sigmoid(apply(z, h, context, x))
-        candidate = jnp.tanh(apply(q, jax.nn.sigmoid(apply(r, h, context, x)) * h, context, x))
-        h = (1 - gate) * h + gate * candidate
-    np.testing.assert_allclose(got, h, atol=1e-5)
+    @compiled
+    def both(state, h):
+        gru = nnx.merge(graph, state)
+        got = h
+        for one, contribution in zip(*gru.effective(context, train=False), strict=True):
+            got = one(got, x, contribution)
+        for z, r, q in ((gru.convz1, gru.convr1, gru.convq1), (gru.convz2, gru.convr2, gru.convq2)):
+            gate, reset = (jax.nn.sigmoid(layer(jnp.concatenate([h, context, x], axis=-1))) for layer in (z, r))
+            h = (1 - gate) * h + gate * jnp.tanh(q(jnp.concatenate([reset * h, context, x], axis=-1)))
+        return got, h
+
+    np.testing.assert_allclose(*both(state, h), atol=1e-5)
 
 
 @pytest.mark.parametrize("all_grad", [False, True])
