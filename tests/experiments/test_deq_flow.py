@@ -60,6 +60,7 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_resumes_and_its_weights_can_be_evaluated_exported_and_drawn(tmp_path, photos, capsys):
     unbroken, resumed, settings = tmp_path / "unbroken", tmp_path / "resumed", settings_of(photos)
     assert deq_flow.main(command(unbroken, settings)) == 0
@@ -97,11 +98,12 @@ def test_training_resumes_and_its_weights_can_be_evaluated_exported_and_drawn(tm
         chosen = {**settings, "data.dir": root, "submit.set": which, "submit.path": out}
         assert deq_flow.main(command(unbroken, chosen, "--mode=submit")) == 0
         assert len([path for path in out.rglob("*") if path.is_file()]) == files
-    assert read_flo(tmp_path / "sintel_files/final/cave/frame0002.flo").shape == (20, 28, 2)
-    assert read_kitti(tmp_path / "kitti_files/000000_10.png")[0].shape == (20, 28, 2)
+    assert read_flo(tmp_path / "sintel_files/final/cave/frame0002.flo").shape == (32, 40, 2)
+    assert read_kitti(tmp_path / "kitti_files/000000_10.png")[0].shape == (32, 40, 2)
 
 
-def frames(folder, n, size=(20, 28)):
+def frames(folder, n, size=(32, 40)):
+    # As large as the photographs, so that nothing is compiled again.
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     for k in range(n):
@@ -206,7 +208,7 @@ def test_videos_go_in_and_come_out_and_too_short_ones_are_refused(tmp_path):
     (tmp_path / "clip/f1.png").unlink(), (tmp_path / "clip/f2.png").unlink()
     with pytest.raises(ValueError, match="fewer than two frames"):
         draw_frames(str(tmp_path / "clip"), tmp_path / "out", Still())
-    frames(tmp_path / "other", 1, size=(24, 28))
+    frames(tmp_path / "other", 1, size=(24, 40))
     with pytest.raises(ValueError, match="one size"):
         draw_frames(f"{tmp_path}/clip/f0.png,{tmp_path}/other/f0.png", tmp_path / "out", Still())
     (tmp_path / "bad.mp4").write_bytes(b"no video")
