@@ -11,7 +11,7 @@ from deqjax.core.naming import did_you_mean
 from deqjax.training.errors import UserError
 from deqjax.training.state import leaf_path
 
-SCHEDULES = ("constant", "step", "cosine", "cosine_after_warmup", "poly", "inv_sqrt")
+SCHEDULES = ("constant", "step", "cosine", "cosine_after_warmup", "poly", "onecycle", "inv_sqrt")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 
 
@@ -25,6 +25,8 @@ def learning_rate(config: Mapping) -> optax.Schedule:
     * cosine: lr_min + (learning_rate - lr_min) / 2 * (1 + cos(pi k / n)).
     * cosine_after_warmup: max(lr_min, learning_rate / 2 * (1 + cos(pi (k + 1 - w) / (n - w)))).
     * poly: learning_rate * (1 - k / n)^0.9.
+    * onecycle: linearly from learning_rate / 25 to learning_rate at update 0.05 n - 1, then to learning_rate / 250000 at
+      update n - 1; it has its own warm-up.
     * inv_sqrt: learning_rate * k^-0.5, reached by a warm-up of learning_rate * k / warmup_steps^1.5.
 
     The warm-up takes the fraction (k + 1) / warmup_steps. With `first_update_full_lr` it is the deq-lm script's, in which
@@ -40,7 +42,9 @@ def learning_rate(config: Mapping) -> optax.Schedule:
     name = config.get("schedule", "constant")
     as_in_script = bool(config.get("first_update_full_lr", False))
     _check("schedule", name, SCHEDULES)
-    if name in ("cosine", "cosine_after_warmup", "poly") and total <= (warmup if name == "cosine_after_warmup" else 0):
+    if name in ("cosine", "cosine_after_warmup", "poly", "onecycle") and total <= (
+        warmup if name == "cosine_after_warmup" else 0
+    ):
         raise UserError(
             f"config.optimizer.schedule={name!r} needs config.optimizer.max_steps, the length of the run, warm-up included."
         )
@@ -59,6 +63,10 @@ def learning_rate(config: Mapping) -> optax.Schedule:
         elif name == "cosine_after_warmup":
             fallen = peak / 2 * (1 + jnp.cos(math.pi * (k + 1 - warmup) / (total - warmup)))
             later, scale = jnp.maximum(low, fallen), 1 / max(warmup, 1)
+        elif name == "onecycle":
+            first, last, top = peak / 25, peak / 25e4, max(0.05 * total - 1, 1e-6)
+            rising, falling = first + (peak - first) * k / top, peak + (last - peak) * (k - top) / (total - 1 - top)
+            later, scale = jnp.maximum(jnp.where(k <= top, rising, falling), last), 1 / max(warmup, 1)
         elif name == "poly":
             later, scale = peak * jnp.maximum(1 - k / total, 0) ** 0.9, 1 / max(warmup, 1)
         else:

@@ -1,0 +1,253 @@
+"""The experiment on optical flow, through its command line."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from configs import flow_chairs, flow_kitti, flow_sintel, flow_things, flow_warped_photos
+from deqjax.data.flow_files import read_flo, read_kitti
+from deqjax.data.images import pillow
+from deqjax.models.flow import FlowConfig
+from deqjax.nn.config import DEQConfig
+from deqjax.training.mesh import place_batch
+from deqjax.training.optimizer import learning_rate
+from deqjax.training.step import prepare, step_function
+from experiments import deq_flow
+from experiments.deq_flow import FlowTask
+from experiments.flow_data import Mix, Part, training_mix
+from experiments.flow_pictures import draw_frames, warp_error
+from experiments.flow_warm_start import steps_to, table
+from tests.training.lowering import lowers_everywhere
+from tests.training.meshes import assert_meshes_agree, mesh_of
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "flow_warped_photos.py"
+SMALL = {"data.n_train": 8, "data.n_valid": 2, "data.size": (32, 40), "data.motion": 3.0, "data.crop": (24, 32)}
+SMALL |= {
+    "data.batch_size": 8,
+    "data.threads": 0,
+    "deq.f_max_iter": 2,
+    "deq.n_states": 2,
+    "deq.eval_f_max_iter": 2,
+    "viz.steps": (1, 2),
+}
+SMALL |= {"steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return tmp_path_factory.mktemp("photos")
+
+
+def settings_of(photos, **changes):
+    return {**SMALL, "data.dir": str(photos), **changes}
+
+
+def command(workdir, settings, *extra):
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["deq_flow", f"--config={CONFIG}", *flags, f"--workdir={workdir}", *extra]
+
+
+def small_task(photos, **changes):
+    config = flow_warped_photos.get_config()
+    config.update_from_flattened_dict(settings_of(photos, **changes))
+    return FlowTask(config)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_training_resumes_and_its_weights_can_be_evaluated_exported_and_drawn(tmp_path, photos, capsys):
+    unbroken, resumed, settings = tmp_path / "unbroken", tmp_path / "resumed", settings_of(photos)
+    assert deq_flow.main(command(unbroken, settings)) == 0
+    assert (unbroken / "samples.png").stat().st_size and (unbroken / "convergence.png").stat().st_size
+    assert deq_flow.main(command(resumed, settings_of(photos, steps=1))) == 0
+    assert deq_flow.main(command(resumed, settings)) == 0
+    losses = [[entry["train/loss"] for entry in lines(run) if "train/loss" in entry] for run in (unbroken, resumed)]
+    assert len(losses[0]) == 2 and losses[0] == losses[1]
+    valid = next(entry for entry in lines(unbroken) if "valid/epe" in entry)
+    assert {"valid/1px", "valid/3px", "valid/5px", "valid/f1"} <= valid.keys()
+
+    capsys.readouterr()
+    assert deq_flow.main(command(unbroken, settings, "--mode=eval")) == 0
+    expected = capsys.readouterr().out
+    assert f"EPE {valid['valid/epe']:.3f}" in expected and "EPE of zero flow" in expected
+    weights = tmp_path / "weights.safetensors"
+    assert deq_flow.main(command(unbroken, {**settings, "export_path": weights}, "--mode=export")) == 0
+    capsys.readouterr()
+    elsewhere = command(tmp_path / "other", {**settings, "init_from": weights}, "--mode=eval")
+    assert deq_flow.main(elsewhere) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "EPE" in line] == [
+        line for line in expected.splitlines() if "EPE" in line
+    ]
+
+    clip = tmp_path / "clip"
+    frames(clip, 3)
+    drawn = {**settings, "viz.input": clip, "viz.output": tmp_path / "drawn", "warm_start": True}
+    assert deq_flow.main(command(unbroken, drawn, "--mode=viz")) == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        *("f0_flow.png", "f0_warp_error.png", "f1_flow.png", "f1_warp_error.png")
+    ]
+    for which, files in (("sintel", 4), ("kitti", 1)):
+        root, out = tmp_path / "data", tmp_path / f"{which}_files"
+        benchmark(root)
+        chosen = {**settings, "data.dir": root, "submit.set": which, "submit.path": out}
+        assert deq_flow.main(command(unbroken, chosen, "--mode=submit")) == 0
+        assert len([path for path in out.rglob("*") if path.is_file()]) == files
+    assert read_flo(tmp_path / "sintel_files/final/cave/frame0002.flo").shape == (32, 40, 2)
+    assert read_kitti(tmp_path / "kitti_files/000000_10.png")[0].shape == (32, 40, 2)
+
+
+def frames(folder, n, size=(32, 40)):
+    # As large as the photographs, so that nothing is compiled again.
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for k in range(n):
+        pillow().fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"f{k}.png")
+
+
+def benchmark(root):
+    """Test splits without flow."""
+    for rendering in ("clean", "final"):
+        frames(root / "Sintel/test" / rendering / "cave", 3)
+    frames(root / "KITTI/testing/image_2", 2)
+    for k in range(2):
+        (root / f"KITTI/testing/image_2/f{k}.png").rename(root / f"KITTI/testing/image_2/000000_1{k}.png")
+
+
+def test_mistakes_end_in_a_sentence(tmp_path, photos, capsys):
+    for settings, words in (
+        ({"data.stage": "sintle"}, "data.stage='sintle'"),
+        ({"data.crop": (24, 33)}, "multiples of 8"),
+        ({"evaluate": ("kiti",)}, "did you mean 'kitti'"),
+        ({"model.size": "medium"}, "size='medium'"),
+        ({"data.stage": "chairs"}, "FlyingChairs is not there"),
+        ({"deq.f_sover": "broyden"}, "did you mean"),
+    ):
+        assert deq_flow.main(command(tmp_path / "run", settings_of(photos, **settings))) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+# Data of the stages --------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_holds_each_set_as_often_as_it_counts(photos):
+    pairs = training_mix(small_task(photos).config.data).parts[0].pairs
+
+    class Named:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, sample, random):
+            return sample._replace(flow=np.full(sample.flow.shape, self.name))
+
+    mix = Mix([Part(pairs, 3, Named(1)), Part(pairs, 1, Named(2))])
+    assert len(mix) == 4 * len(pairs)
+    assert [float(mix.sample(n, (0,))["flow"][0, 0, 0]) for n in (0, 23, 24, 31)] == [1, 1, 2, 2]
+    np.testing.assert_array_equal(mix.sample(1, (0,))["image1"], mix.sample(9, (0,))["image1"])
+
+
+def test_batches_follow_from_seed_and_step(photos):
+    first, again = (small_task(photos).data("train") for _ in range(2))
+    again.batch(0)
+    for name, array in first.batch(3).items():
+        np.testing.assert_array_equal(array, again.batch(3)[name])
+    assert np.any(first.batch(3)["image1"] != first.batch(4)["image1"])
+
+
+def test_every_recipe_is_one_that_can_be_built():
+    for module in (flow_chairs, flow_things, flow_sintel, flow_kitti):
+        for variant in ("base", "huge", "base+gma"):
+            config = module.get_config(variant)
+            FlowConfig(**config.model), DEQConfig.from_config(config.deq).eval_budget()
+            # The last update comes before the rate's last one.
+            rate = learning_rate(config.optimizer)
+            assert float(rate(0)) == pytest.approx(config.optimizer.learning_rate / 25)
+            assert 0 < float(rate(config.steps - 1)) < 0.01 * config.optimizer.learning_rate
+    assert DEQConfig.from_config(flow_chairs.get_config().deq).step_lists(36) == (6,) * 6
+    assert DEQConfig.from_config(flow_things.get_config().deq).eval_budget() == 60
+    with pytest.raises(ValueError, match="medium"):
+        flow_chairs.get_config("medium")
+
+
+# Pictures ------------------------------------------------------------------------------------------------------------
+
+
+class Still:
+    """An estimator that says that all moves one pixel to the right."""
+
+    def __call__(self, image1, image2, start):
+        from deqjax.models.flow import Estimate, State
+
+        flow = np.zeros((1, *image1.shape[:2], 2), np.float32)
+        flow[..., 0] = 1
+        return Estimate(flow, State(jax.numpy.zeros((1, 3, 4, 2)), jax.numpy.zeros((1, 3, 4, 2))), None)
+
+
+def test_videos_go_in_and_come_out_and_too_short_ones_are_refused(tmp_path):
+    import av
+
+    frames(tmp_path / "clip", 3)
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 28, 20, "yuv420p"
+        for k in range(3):
+            image = np.full((20, 28, 3), 60 * k, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    written = draw_frames(str(path), tmp_path / "out", Still())
+    with av.open(str(written[0])) as container:
+        sizes = [(frame.width, frame.height) for frame in container.decode(video=0)]
+    assert sizes == [(3 * 28, 20)] * 2
+
+    (tmp_path / "clip/f1.png").unlink(), (tmp_path / "clip/f2.png").unlink()
+    with pytest.raises(ValueError, match="fewer than two frames"):
+        draw_frames(str(tmp_path / "clip"), tmp_path / "out", Still())
+    frames(tmp_path / "other", 1, size=(24, 40))
+    with pytest.raises(ValueError, match="one size"):
+        draw_frames(f"{tmp_path}/clip/f0.png,{tmp_path}/other/f0.png", tmp_path / "out", Still())
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="no video"):
+        draw_frames(str(tmp_path / "bad.mp4"), tmp_path / "out", Still())
+
+
+def test_the_warp_error_of_the_true_flow_is_zero():
+    image1 = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    flow = np.zeros((6, 9, 2))
+    flow[..., 0] = 1
+    assert not np.any(warp_error(image1, np.roll(image1, 1, axis=1), flow))
+    assert np.any(warp_error(image1, image1, flow))
+
+
+def test_the_table_of_warm_starts_counts_steps_to_a_level():
+    assert [steps_to(np.array([5.0, 3.0, 1.0]), level) for level in (4.0, 1.0)] == [2, 3]
+    text = table({"cold": np.array([[10.0, 2.0, 0.1]]), "warm_start": np.array([[2.0, 0.5, 0.1]])})
+    assert "| 2 | 3.0 | 2.0 |" in text
+
+
+# Many devices --------------------------------------------------------------------------------------------------------
+
+
+def on_meshes(photos):
+    task = small_task(
+        photos, **{"data.batch_size": 8, "deq.n_states": 1, "optimizer.name": "sgd", "optimizer.weight_decay": 0.0}
+    )
+    task.config.optimizer.momentum = 0.9
+    task.config.optimizer.clip = 0.0
+    return task
+
+
+def test_eight_devices_compute_what_one_does(photos):
+    assert_meshes_agree(on_meshes(photos), ((4, 2, 1),), tol=5e-4)
+
+
+def test_training_lowers_for_every_platform(photos):
+    task, mesh = on_meshes(photos), mesh_of((2, 2, 2))
+    batch = place_batch(mesh, task.data("train").batch(0))
+    program = prepare(task, task.config, mesh, batch)
+    lowers_everywhere(step_function(task, task.config, program, 1), program.shapes, batch)
