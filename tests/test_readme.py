@@ -23,15 +23,3 @@ def test_every_config_and_module_named_exists():
         assert (ROOT / "experiments" / f"{module}.py").is_file(), module
     for target in re.findall(r"^make (\w+)", TEXT, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
-
-
-def test_the_page_on_graph_networks_runs_and_names_what_exists(capsys):
-    text = (ROOT / "docs" / "ignn.md").read_text()
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.S)
-    with jax.enable_x64(False):
-        exec(snippet, {})
-    assert "(2, 2) 2 of 2 samples converged" in capsys.readouterr().out
-    for config in re.findall(r"configs/\w+\.py", text):
-        assert (ROOT / config).is_file(), config
-    for package, module in re.findall(r"(experiments|benchmarks)\.(\w+)", text):
-        assert (ROOT / package / f"{module}.py").is_file(), module

@@ -1,9 +1,6 @@
 """Image experiments: from training to pictures, the phases of training, meshes and other platforms, what they refuse."""
 
 import json
-import pathlib
-import re
-import shlex
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +12,6 @@ from PIL import Image
 from benchmarks import mdeq_step
 from configs import mdeq_cifar10, mdeq_cityscapes, mdeq_digits, mdeq_imagenet, mdeq_shapes
 from deqjax.nn.config import DEQConfig
-from deqjax.training.main import parse
 from deqjax.training.mesh import place_batch
 from deqjax.training.step import prepare, step_function
 from experiments.image_pictures import overlay, voc_palette
@@ -51,14 +47,6 @@ TINY = {
 DIGITS = TINY | {"model.channels": (4,), "model.head_channels": (2,), "model.final_channels": 4, "data.eval_batch_size": 160}
 SHAPES = TINY | {"data.crop": (16, 16), "data.eval_size": (16, 16), "data.eval_batch_size": 8, "data.train_images": 32}
 SHAPES |= {"data.eval_images": 12, "pictures": 3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    """Much is compiled here, and little computed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def configured(base, settings, **more):
@@ -328,14 +316,3 @@ def test_every_published_recipe_builds_its_task(module, variant):
     assert task.architecture.n_classes == {mdeq_cifar10: 10, mdeq_imagenet: 1000, mdeq_cityscapes: 19}[module]
     with pytest.raises(ValueError, match="no variant"):
         module.get_config("huge")
-
-
-def test_the_commands_of_the_page_parse():
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "mdeq.md").read_text()
-    commands = re.findall(r"`(python -m experiments\.mdeq_\w+ [^`]+)`", text)
-    assert len(commands) >= 5
-    for command in commands:
-        task = SegmentationTask if "mdeq_segment" in command else ClassificationTask
-        assert parse(shlex.split(command)[2:], task.modes).config.steps > 0
-    for name in re.findall(r"mdeq_\w+\.(?:py|png)", text):
-        assert list(pathlib.Path(__file__).parents[2].glob(f"*/{name}")), name

@@ -1,7 +1,5 @@
 """Golden kinds of the multiscale models."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,20 +21,6 @@ from tests.golden import Case, close, trace_close
 # Plain iteration contracts in all cases, and compiles fastest.
 TIGHT = {"f_solver": "picard", "f_max_iter": 1000, "f_tol": 1e-14, "f_stop_mode": "rel"}
 TIGHT |= {"b_solver": "picard", "b_max_iter": 1000, "b_tol": 1e-14, "b_stop_mode": "rel"}
-
-
-def quickly(check):
-    """The check, compiled with few optimisations: much is compiled here, and little computed."""
-
-    @functools.wraps(check)
-    def run(case, sub=None):
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            check(case, sub)
-        finally:
-            jax.config.update("jax_disable_most_optimizations", False)
-
-    return run
 
 
 # Models of the references --------------------------------------------------------------------------------------------
@@ -427,7 +411,7 @@ def check_aux(case: Case, sub=None):
     close(repeat_pixels(x, 4).transpose(0, 3, 1, 2), case["out/nearest_x4"], rtol=0, what="nearest")
 
 
-_CHECKS = {
+KINDS = {
     "implicit": check_implicit,
     "phantom": check_phantom,
     "train": check_train,
@@ -436,4 +420,3 @@ _CHECKS = {
     "vision": check_vision,
     "aux": check_aux,
 }
-KINDS = {kind: quickly(check) for kind, check in _CHECKS.items()}
