@@ -2,8 +2,8 @@
 
 from deqjax.data.celeba import celeba
 from deqjax.data.cifar import cifar10
-from deqjax.data.image_batches import Images, folder, padded_digits, split
 from deqjax.data.image_lmdb import ffhq, lsun
+from deqjax.data.unlabelled_images import Images, folder, padded_digits, split
 
 DATA = ("digits", "cifar10", "celeba", "lsun_bedroom", "lsun_church_outdoor", "lsun_cat", "ffhq", "folder")
 

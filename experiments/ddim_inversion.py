@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from deqjax.data.errors import DataError
-from deqjax.data.image_batches import take
+from deqjax.data.unlabelled_images import take
 from deqjax.models.ddim import UNet, chain_denoiser, encode, inversion
 from deqjax.training.console import say
 from experiments.ddim_pictures import write_grid

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from deqjax.core.naming import did_you_mean
-from deqjax.data.image_batches import ImageBatches, take
+from deqjax.data.unlabelled_images import ImageBatches, take
 from deqjax.interop.ddim import export_ddim, load_ddim, published_name
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.ddim import (

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from deqjax.data.errors import DataError
-from deqjax.data.image_batches import Files, scaled
+from deqjax.data.unlabelled_images import Files, scaled
 
 _PARTITION = "list_eval_partition.txt"
 _FOLDER = "img_align_celeba"

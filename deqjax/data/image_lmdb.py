@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from deqjax.data.errors import DataError
-from deqjax.data.image_batches import Part, centre, eight_bits
 from deqjax.data.images import decode_image
+from deqjax.data.unlabelled_images import Part, centre, eight_bits
 
 
 class Database:

@@ -5,19 +5,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from deqjax.interop.state_dict import (
-    CONV,
-    CONV_COLUMN,
-    SAME,
     Entry,
-    Layout,
     StateDictError,
+    conv_entries,
     export_entries,
     load_entries,
 )
 from deqjax.models.flow import SIZES, DEQFlow, Encoder
 from deqjax.models.flow.attention import Aggregate
 from deqjax.models.flow.cell import Cell
-from deqjax.models.flow.layers import Conv
 
 
 def load_flow(model: DEQFlow, state_dict: Mapping[str, np.ndarray]) -> None:
@@ -92,25 +88,6 @@ def aggregate_entries(aggregate: Aggregate) -> list[Entry]:
     """Global motion aggregation inside f."""
     table = [*conv_entries("to_v", aggregate.to_v), Entry("gamma", aggregate.gamma)]
     return table if aggregate.project is None else table + conv_entries("project", aggregate.project)
-
-
-def conv_entries(prefix: str, layer: Conv) -> list[Entry]:
-    """One convolution, whose kernel's name tells how it is normalised."""
-    name = {"weight_norm": "weight_v", "spectral_norm": "weight_orig", "none": "weight"}[layer.config.norm_type]
-    table = [Entry(f"{prefix}.{name}", layer.kernel, CONV)]
-    if layer.scale is not None:
-        table.append(Entry(f"{prefix}.weight_g", layer.scale, CONV_COLUMN))
-    if layer.bias is not None:
-        table.append(Entry(f"{prefix}.bias", layer.bias))
-    if layer.config.norm_type == "spectral_norm":
-        h, w, n_in, _ = layer.kernel[...].shape
-        # A right singular vector counts (in, h, w) there and (h, w, in) here.
-        flat = Layout(
-            lambda v: v.reshape(n_in, h, w).transpose(1, 2, 0).reshape(-1),
-            lambda v: v.reshape(h, w, n_in).transpose(2, 0, 1).reshape(-1),
-        )
-        table += [Entry(f"{prefix}.weight_u", layer.u, SAME), Entry(f"{prefix}.weight_v", layer.v, flat)]
-    return table
 
 
 def _norm(prefix: str, norm) -> list[Entry]:

@@ -5,18 +5,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from deqjax.interop.state_dict import (
-    CONV,
-    CONV_COLUMN,
     LINEAR,
-    SAME,
     Entry,
-    Layout,
     StateDictError,
+    conv_entries,
     export_entries,
     load_entries,
 )
 from deqjax.models.mdeq import MDEQ, SIZES, MDEQConfig
-from deqjax.models.mdeq.layers import Conv
 
 # What some dialects hold beside the model: copies of f, and buffers of the loss.
 _COPIES = ("fullstage_copy.", "full_stage_copy.", "deq.func_copy.")
@@ -73,21 +69,21 @@ def backbone_entries(model: MDEQ) -> list[Entry]:
     places += [(f"downsample.DS{t}", f"downsample.DS{t}-BN") for t in range(3, model.config.downsample + 1)]
     places += [("stage0.0", "stage0.1")] if model.config.has_stage0 else []
     for (conv, norm), convolution, normalization in zip(places, stem.convs, stem.norms, strict=True):
-        table += _conv(conv, convolution) + _batch_norm(norm, normalization)
+        table += conv_entries(conv, convolution) + _batch_norm(norm, normalization)
     for i, blocks in enumerate(cell.blocks):
         for b, block in enumerate(blocks):
             prefix = f"full_stage.branches.{i}.blocks.{b}"
-            table += _conv(f"{prefix}.conv1", block.conv1) + _conv(f"{prefix}.conv2", block.conv2)
+            table += conv_entries(f"{prefix}.conv1", block.conv1) + conv_entries(f"{prefix}.conv2", block.conv2)
             for k, norm in enumerate((block.norm1, block.norm2, block.norm3), start=1):
                 table += _affine(f"{prefix}.gn{k}", norm)
     for to, row in enumerate(cell.fuse):
         for of, stages in enumerate(row):
             for k, stage in enumerate(stages):
                 prefix = f"full_stage.fuse_layers.{to}.{of}.net" + (f".{k}" if of < to else "")
-                table += _conv(f"{prefix}.conv", stage.conv) + _affine(f"{prefix}.gnorm", stage.norm)
+                table += conv_entries(f"{prefix}.conv", stage.conv) + _affine(f"{prefix}.gnorm", stage.norm)
     for i, post in enumerate(cell.post):
         prefix = f"full_stage.post_fuse_layers.{i}"
-        table += _conv(f"{prefix}.conv", post.conv) + _affine(f"{prefix}.gnorm", post.norm)
+        table += conv_entries(f"{prefix}.conv", post.conv) + _affine(f"{prefix}.gnorm", post.norm)
     return table
 
 
@@ -95,37 +91,19 @@ def head_entries(model: MDEQ) -> list[Entry]:
     """The head, under the keys that all dialects share."""
     head, table = model.head, []
     if model.config.head == "segmentation":
-        table += _conv("last_layer.0", head.mix.conv) + _batch_norm("last_layer.1", head.mix.norm)
-        return table + _conv("last_layer.3", head.final)
+        table += conv_entries("last_layer.0", head.mix.conv) + _batch_norm("last_layer.1", head.mix.norm)
+        return table + conv_entries("last_layer.3", head.final)
     for i, increase in enumerate(head.increase):
         prefix = f"incre_modules.{i}.0"
         for k, layer in enumerate(increase.layers, start=1):
-            table += _conv(f"{prefix}.conv{k}", layer.conv) + _batch_norm(f"{prefix}.bn{k}", layer.norm)
+            table += conv_entries(f"{prefix}.conv{k}", layer.conv) + _batch_norm(f"{prefix}.bn{k}", layer.norm)
         if increase.shortcut is not None:
-            table += _conv(f"{prefix}.downsample.0", increase.shortcut.conv)
+            table += conv_entries(f"{prefix}.downsample.0", increase.shortcut.conv)
             table += _batch_norm(f"{prefix}.downsample.1", increase.shortcut.norm)
     layers = [(f"downsamp_modules.{i}", down) for i, down in enumerate(head.down)] + [("final_layer", head.final)]
     for prefix, layer in layers:
-        table += _conv(f"{prefix}.0", layer.conv) + _batch_norm(f"{prefix}.1", layer.norm)
+        table += conv_entries(f"{prefix}.0", layer.conv) + _batch_norm(f"{prefix}.1", layer.norm)
     return [*table, Entry("classifier.weight", head.kernel, LINEAR), Entry("classifier.bias", head.bias)]
-
-
-def _conv(prefix: str, layer: Conv) -> list[Entry]:
-    name = {"weight_norm": "weight_v", "spectral_norm": "weight_orig", "none": "weight"}[layer.config.norm_type]
-    table = [Entry(f"{prefix}.{name}", layer.kernel, CONV)]
-    if layer.scale is not None:
-        table.append(Entry(f"{prefix}.weight_g", layer.scale, CONV_COLUMN))
-    if layer.bias is not None:
-        table.append(Entry(f"{prefix}.bias", layer.bias))
-    if layer.config.norm_type == "spectral_norm":
-        h, w, n_in, _ = layer.kernel[...].shape
-        # A right singular vector counts (in, h, w) there and (h, w, in) here.
-        flat = Layout(
-            lambda v: v.reshape(n_in, h, w).transpose(1, 2, 0).reshape(-1),
-            lambda v: v.reshape(h, w, n_in).transpose(2, 0, 1).reshape(-1),
-        )
-        table += [Entry(f"{prefix}.weight_u", layer.u, SAME), Entry(f"{prefix}.weight_v", layer.v, flat)]
-    return table
 
 
 def _affine(prefix: str, norm) -> list[Entry]:

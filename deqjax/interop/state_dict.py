@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from deqjax.data.errors import DataError
+from deqjax.nn.layers import NormalizedConv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,25 @@ class Entry:
 
 class StateDictError(DataError):
     """A state dict that does not fit the model, with every offending key in the message."""
+
+
+def conv_entries(prefix: str, layer: NormalizedConv) -> list[Entry]:
+    """A convolution over two axes, the name of whose kernel tells how it is normalised."""
+    name = {"weight_norm": "weight_v", "spectral_norm": "weight_orig", "none": "weight"}[layer.config.norm_type]
+    table = [Entry(f"{prefix}.{name}", layer.kernel, CONV)]
+    if layer.scale is not None:
+        table.append(Entry(f"{prefix}.weight_g", layer.scale, CONV_COLUMN))
+    if layer.bias is not None:
+        table.append(Entry(f"{prefix}.bias", layer.bias))
+    if layer.config.norm_type == "spectral_norm":
+        h, w, n_in, _ = layer.kernel[...].shape
+        # A right singular vector counts (in, h, w) there and (h, w, in) here.
+        flat = Layout(
+            lambda v: v.reshape(n_in, h, w).transpose(1, 2, 0).reshape(-1),
+            lambda v: v.reshape(h, w, n_in).transpose(2, 0, 1).reshape(-1),
+        )
+        table += [Entry(f"{prefix}.weight_u", layer.u, SAME), Entry(f"{prefix}.weight_v", layer.v, flat)]
+    return table
 
 
 def load_entries(entries: Sequence[Entry], state_dict: Mapping[str, np.ndarray], ignore: Sequence[str] = ()) -> None:

@@ -15,13 +15,12 @@ from deqjax.interop.flow import (
     aggregate_entries,
     canonical,
     cell_entries,
-    conv_entries,
     encoder_entries,
     entries,
     export_flow,
     load_flow,
 )
-from deqjax.interop.state_dict import Entry, load_entries
+from deqjax.interop.state_dict import Entry, conv_entries, load_entries
 from deqjax.models.flow import (
     Aggregate,
     Attention,

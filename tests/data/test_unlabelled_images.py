@@ -7,8 +7,8 @@ import pytest
 
 from deqjax.data.celeba import celeba
 from deqjax.data.errors import DataError
-from deqjax.data.image_batches import ImageBatches, centre, folder, padded_digits, split, take
 from deqjax.data.image_lmdb import ffhq, lsun
+from deqjax.data.unlabelled_images import ImageBatches, centre, folder, padded_digits, split, take
 
 lmdb = pytest.importorskip("lmdb")
 Image = pytest.importorskip("PIL.Image")
