@@ -12,7 +12,7 @@ from deqjax.data.flow_colors import flow_to_image
 from deqjax.data.flow_sets import read_frame
 from deqjax.data.images import image_files, pillow
 from experiments.flow_evaluation import Estimator, carried_on
-from experiments.image_pictures import _pyplot
+from experiments.pyplot import pyplot
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".mpg", ".m4v")
 
@@ -145,7 +145,7 @@ def _av():
 
 def draw_samples(samples, flows, path) -> None:
     """One row a pair: both frames, true flow, estimate, and the error up to 5 pixels."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(len(samples), 5, figsize=(12, 2.0 * len(samples)), squeeze=False)
     for row, sample, flow in zip(axes, samples, flows, strict=True):
         longest = float(np.max(np.linalg.norm(sample.flow, axis=-1)))
@@ -172,7 +172,7 @@ def draw_convergence(residuals, steps, epe, path) -> None:
       residuals: `[B, N]` absolute residual at each step.
       steps, epe: EPE after so many steps.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, ax = plt.subplots(figsize=(6, 4))
     best = np.mean(np.minimum.accumulate(residuals, axis=1), axis=0)
     ax.plot(np.arange(1, len(best) + 1), best, color="tab:blue")

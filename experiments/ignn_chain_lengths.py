@@ -16,6 +16,7 @@ from deqjax.training.errors import UserError
 from deqjax.training.main import parse, run
 from experiments.ignn_nodes import NodeTask
 from experiments.many_runs import finish
+from experiments.pyplot import pyplot
 
 
 class ChainTask(NodeTask):
@@ -78,13 +79,7 @@ def table(accuracy: dict) -> str:
 
 def draw(accuracy: dict, n_classes: int, path: Path) -> None:
     """The picture: means as lines, the range over seeds around them, chance dashed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise UserError('the picture needs Matplotlib: pip install "deqjax[viz]"') from error
+    plt = pyplot()
     figure = plt.figure(figsize=(6, 4))
     ax = figure.add_subplot()
     for layers, by_length in accuracy.items():

@@ -4,23 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from deqjax.training.errors import UserError
-
-
-def _pyplot():
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise UserError('pictures need Matplotlib: pip install "deqjax[viz]"') from error
-    return plt
+from experiments.pyplot import pyplot
 
 
 def draw_anytime(rows: list[dict], metric: str, path: Path) -> None:
     """A metric and the relative residual against solver steps; a row per number of steps."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, ax = plt.subplots(figsize=(6, 4))
     steps = [row["steps"] for row in rows]
     ax.plot(steps, [row[metric] for row in rows], marker="o", color="tab:blue")
@@ -36,7 +25,7 @@ def draw_anytime(rows: list[dict], metric: str, path: Path) -> None:
 
 def draw_confusion(counts: np.ndarray, classes, path: Path) -> None:
     """How often each class (a row) was taken for each other (a column), in percent of the row."""
-    plt = _pyplot()
+    plt = pyplot()
     counts = np.asarray(counts, np.float64)
     percent = 100 * counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     n = len(classes)

@@ -10,6 +10,7 @@ from deqjax.data.images import write_image
 from deqjax.data.meshes import level_set, write_mesh
 from deqjax.data.video import write_video
 from deqjax.training.metrics import read_log
+from experiments.pyplot import pyplot
 
 
 def displayed(values, kind: str):
@@ -62,7 +63,7 @@ def sheet(frames: np.ndarray, count: int = 10) -> np.ndarray:
 
 def draw_waves(path: Path, original: np.ndarray, reconstruction: np.ndarray, rate: float) -> None:
     """The waves of the original, of the reconstruction, and their difference."""
-    plt = _pyplot()
+    plt = pyplot()
     seconds = np.arange(len(original)) / rate
     figure, axes = plt.subplots(3, 1, figsize=(8, 5), sharex=True, sharey=True)
     for ax, wave, label in zip(
@@ -77,7 +78,7 @@ def draw_waves(path: Path, original: np.ndarray, reconstruction: np.ndarray, rat
 
 def draw_slices(path: Path, values: np.ndarray, level: float = 0.0, count: int = 5) -> None:
     """Slices of values `[X, Y, Z]` across z, with the line where they cross a level."""
-    plt = _pyplot()
+    plt = pyplot()
     chosen = np.linspace(0, values.shape[2] - 1, count + 2).round().astype(int)[1:-1]
     figure, axes = plt.subplots(1, count, figsize=(2.2 * count, 2.4))
     bound = np.max(np.abs(values - level)) or 1.0
@@ -98,7 +99,7 @@ def draw_curve(workdir: Path, metric: str) -> None:
     ]
     if not entries:
         return
-    plt = _pyplot()
+    plt = pyplot()
     figure = plt.figure(figsize=(5, 3.5))
     ax = figure.add_subplot()
     ax.plot(*zip(*entries, strict=True), marker=".")
@@ -106,14 +107,3 @@ def draw_curve(workdir: Path, metric: str) -> None:
     ax.set_ylabel(f"{metric} (dB)" if metric == "psnr" else metric)
     figure.savefig(workdir / f"{metric}.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
-
-
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise DataError('the pictures of this run need Matplotlib: pip install "deqjax[viz]"') from error
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -227,3 +227,7 @@ class DEQConfig:
 def _choice(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
+
+
+# Leaves weights as they are.
+PLAIN = DEQConfig(norm_type="none")

@@ -5,6 +5,7 @@ constants at every step of the solve.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -101,6 +102,17 @@ class NormalizedConv(NormalizedKernel):
     def effective(self, *, train: bool = False) -> ConvWeights:
         """The weights to use in one forward pass."""
         return ConvWeights(self.normalized(train=train), None if self.bias is None else self.bias[...], self.options)
+
+
+def convolve(x: Float[Array, "B *space n_in"], weights: ConvWeights) -> Float[Array, "B *new_space n_out"]:
+    """A convolution in the kernel's dtype, whatever that of x; a bias is added in float32 or better."""
+    y = conv(x.astype(weights.kernel.dtype), weights.kernel, **weights.options)
+    return y if weights.bias is None else _biased(y.astype(jnp.promote_types(y.dtype, jnp.float32)), weights.bias)
+
+
+def uniform(key, shape, dtype=jnp.float32, fan_in: int | None = None):
+    """PyTorch's default of convolutions and linear layers, for kernels `[*window, in, out]`, and for biases given fan_in."""
+    return jax.random.uniform(key, shape, dtype, -1, 1) / (fan_in or math.prod(shape[:-1])) ** 0.5
 
 
 def _biased(y, bias):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deqjax.core.annotations import Array, Float
-from deqjax.models.flow.layers import PLAIN, Conv, convolve
-from deqjax.nn.config import DEQConfig
-from deqjax.nn.layers import ConvWeights
+from deqjax.models.flow.layers import Conv
+from deqjax.nn.config import PLAIN, DEQConfig
+from deqjax.nn.layers import ConvWeights, convolve
 
 
 class Attention(nnx.Module):

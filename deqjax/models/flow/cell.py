@@ -15,9 +15,9 @@ from deqjax.core.annotations import Array, Float
 from deqjax.models.flow.attention import Aggregate, AggregateWeights
 from deqjax.models.flow.config import FlowConfig
 from deqjax.models.flow.correlation import LEVELS, RADIUS, FeatureMaps, Volume, grid, lookup
-from deqjax.models.flow.layers import Conv, convolve
+from deqjax.models.flow.layers import Conv
 from deqjax.nn.config import DEQConfig
-from deqjax.nn.layers import ConvWeights
+from deqjax.nn.layers import ConvWeights, convolve
 
 
 class State(NamedTuple):

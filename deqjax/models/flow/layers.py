@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from deqjax.core.annotations import Array, Float
-from deqjax.models.mdeq.layers import PLAIN, convolve, uniform
-from deqjax.nn.config import DEQConfig
-from deqjax.nn.layers import ConvWeights, NormalizedConv
+from deqjax.nn.config import PLAIN, DEQConfig
+from deqjax.nn.layers import ConvWeights, NormalizedConv, convolve, uniform
 
 
 def he_normal(key, shape, dtype=jnp.float32):
@@ -56,6 +55,3 @@ class Conv(NormalizedConv):
 
     def __call__(self, x: Float[Array, "B H W n_in"]) -> Float[Array, "B h w n_out"]:
         return convolve(x, self.effective())
-
-
-__all__ = ["PLAIN", "Conv", "convolve", "he_normal"]

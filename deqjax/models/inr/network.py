@@ -11,12 +11,10 @@ from deqjax.core.stats import SolverStats
 from deqjax.models.inr.config import INRConfig
 from deqjax.models.inr.filters import Filters
 from deqjax.models.inr.sine import sin
-from deqjax.nn.config import DEQConfig
+from deqjax.nn.config import PLAIN, DEQConfig
 from deqjax.nn.deq import DEQ, DEQOutput
 from deqjax.nn.layers import LinearWeights, NormalizedLinear
 from deqjax.nn.normalization import spectral_norm
-
-PLAIN = DEQConfig(norm_type="none")
 
 
 class Injection(NamedTuple):
@@ -43,7 +41,7 @@ class INR(nnx.Module):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from deqjax.models.inr import INR, INRConfig
-      >>> from deqjax.nn.config import DEQConfig
+      >>> from deqjax.nn.config import PLAIN, DEQConfig
       >>> config = INRConfig(n_in=2, n_out=3, n_hidden=16, input_scale=8.0)
       >>> model = INR(config, DEQConfig(grad=3), nnx.Rngs(0))
       >>> model(jnp.zeros((5, 2))).values[-1].shape

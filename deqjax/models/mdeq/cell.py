@@ -13,11 +13,11 @@ from flax import nnx
 
 from deqjax.core.annotations import Array, Float, Key
 from deqjax.models.mdeq.config import MDEQConfig
-from deqjax.models.mdeq.layers import PLAIN, Conv, convolve
-from deqjax.nn.config import DEQConfig
+from deqjax.models.mdeq.layers import Conv
+from deqjax.nn.config import PLAIN, DEQConfig
 from deqjax.nn.dropout import VariationalDropout, apply_mask
 from deqjax.nn.group_norm import GroupNorm, GroupNormWeights
-from deqjax.nn.layers import ConvWeights
+from deqjax.nn.layers import ConvWeights, convolve
 
 State = tuple[jax.Array, ...]  # [B, H / 2^i, W / 2^i, C_i] each
 

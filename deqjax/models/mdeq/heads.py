@@ -9,10 +9,10 @@ from flax import nnx
 from deqjax.core.annotations import Array, Float
 from deqjax.models.mdeq.cell import State
 from deqjax.models.mdeq.config import MDEQConfig
-from deqjax.models.mdeq.layers import Conv, uniform
+from deqjax.models.mdeq.layers import Conv
 from deqjax.models.mdeq.resize import resize_bilinear
 from deqjax.nn.batch_norm import BatchNorm
-from deqjax.nn.layers import LinearWeights
+from deqjax.nn.layers import LinearWeights, uniform
 
 
 class ConvBatchNorm(nnx.Module):

@@ -7,17 +7,8 @@ import jax.numpy as jnp
 
 from deqjax.core.annotations import Array, Float
 from deqjax.models.mdeq.config import MDEQConfig
-from deqjax.nn.config import DEQConfig
-from deqjax.nn.convolution import conv
-from deqjax.nn.layers import ConvWeights, NormalizedConv
-
-PLAIN = DEQConfig(norm_type="none")
-
-
-def uniform(key, shape, dtype=jnp.float32, fan_in: int | None = None):
-    """PyTorch's default of convolutions and linear layers, for kernels `[*window, in, out]`, and for biases given fan_in."""
-    fan_in = fan_in or shape[0] * (shape[1] * shape[2] if len(shape) == 4 else 1)
-    return jax.random.uniform(key, shape, dtype, -1, 1) / fan_in**0.5
+from deqjax.nn.config import PLAIN, DEQConfig
+from deqjax.nn.layers import ConvWeights, NormalizedConv, convolve, uniform
 
 
 def normal(key, shape, dtype=jnp.float32):
@@ -54,9 +45,3 @@ class Conv(NormalizedConv):
 
     def __call__(self, x: Float[Array, "B H W n_in"]) -> Float[Array, "B h w n_out"]:
         return convolve(x, self.effective())
-
-
-def convolve(x: Float[Array, "B H W n_in"], weights: ConvWeights) -> Float[Array, "B h w n_out"]:
-    """A convolution in the kernel's dtype; a bias is added in float32 or better."""
-    y = conv(x.astype(weights.kernel.dtype), weights.kernel, **weights.options)
-    return y if weights.bias is None else y.astype(jnp.promote_types(y.dtype, jnp.float32)) + weights.bias[None, None, None]
