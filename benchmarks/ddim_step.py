@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from deqjax.cli import load_config
 from deqjax.models.ddim import JointSystem, chain_denoiser, with_dtype
 from deqjax.training.console import peak_memory
-from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import count_parameters
 from deqjax.training.step import prepare, step_function

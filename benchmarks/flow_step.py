@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deqjax.training.main import load_config
+from deqjax.cli import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.step import prepare, step_function
 from experiments.deq_flow import FlowTask

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from benchmarks.lm_step import peak_memory
+from deqjax.cli import load_config
 from deqjax.data.ppi import SPLITS, synthetic_ppi
 from deqjax.training.errors import UserError
-from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import count_parameters
 from deqjax.training.step import prepare, step_function

@@ -12,9 +12,9 @@ import time
 import jax
 import numpy as np
 
+from deqjax.cli import load_config
 from deqjax.data.text import EOS, TextCorpus, Vocabulary
 from deqjax.training.errors import UserError
-from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import count_parameters
 from deqjax.training.step import prepare, step_function

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from benchmarks.lm_step import peak_memory
+from deqjax.cli import load_config
 from deqjax.data.image_set import ImageArrays
-from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import count_parameters
 from deqjax.training.step import prepare, step_function

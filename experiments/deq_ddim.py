@@ -226,7 +226,7 @@ def _check_settings(config) -> None:
 
 
 def main(argv=None):
-    from deqjax.training.main import run
+    from deqjax.cli import run
 
     return run(DiffusionTask, argv)
 

@@ -28,7 +28,7 @@ make_task.modes = RepresentationTask.modes
 
 
 def main(argv=None):
-    from deqjax.training.main import run
+    from deqjax.cli import run
 
     return run(make_task, argv)
 

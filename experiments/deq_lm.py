@@ -259,7 +259,7 @@ def _last_segment(memory: Memory, length: int):
 
 
 def main(argv=None):
-    from deqjax.training.main import run
+    from deqjax.cli import run
 
     return run(LanguageModelTask, argv)
 

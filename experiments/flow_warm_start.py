@@ -97,7 +97,7 @@ def glide(n_frames: int = 10, size: tuple[int, int] = (112, 144), motion: float 
 
 
 def main(argv=None):
-    from deqjax.training.main import run
+    from deqjax.cli import run
 
     return run(WarmStartTask, [*(sys.argv if argv is None else argv), "--mode=eval"])
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from deqjax.cli import parse, run
 from deqjax.training.errors import UserError
-from deqjax.training.main import parse, run
 from experiments.ignn_nodes import NodeTask
 from experiments.many_runs import finish
 from experiments.pyplot import pyplot

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deqjax.cli import parse, run
 from deqjax.data.graphs import check_well_posed
 from deqjax.data.letters import letters
 from deqjax.data.tu import SETS, folds, tu
 from deqjax.models.ignn import GCN, IGNN, IGNNConfig, choose_bucket, fit_buckets, stack
 from deqjax.nn.config import DEQConfig
 from deqjax.training.errors import UserError
-from deqjax.training.main import parse, run
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
 from experiments.graph_checkpoints import export_weights, import_weights

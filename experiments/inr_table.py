@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from deqjax.cli import parse, run
 from deqjax.models.inr import INRConfig, representation
 from deqjax.nn.config import DEQConfig
 from deqjax.training.errors import UserError
-from deqjax.training.main import parse, run
 from deqjax.training.metrics import read_log
 from experiments.inr_signals import SignalTask
 from experiments.many_runs import finish

@@ -266,7 +266,7 @@ def _check_settings(config) -> None:
 
 
 def main(argv=None):
-    from deqjax.training.main import run
+    from deqjax.cli import run
 
     return run(ClassificationTask, argv)
 

@@ -7,7 +7,7 @@ import shlex
 import jax
 import pytest
 
-from deqjax.training.main import parse
+from deqjax.cli import parse
 
 ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "scaling.md").read_text()

@@ -17,7 +17,9 @@ ALLOWED = {
     "deqjax.interop": {"deqjax.core", "deqjax.nn", "deqjax.models", "deqjax.interop", "deqjax.data.errors"},
     "deqjax.viz": {"deqjax.core"},
     "deqjax.data": {"deqjax.data"},
-    "deqjax.training": {"deqjax.core", "deqjax.nn.variables", "deqjax.training", "deqjax.data.errors"},
+    "deqjax.optim": {"deqjax.core", "deqjax.optim", "deqjax.training.errors"},
+    "deqjax.training": {"deqjax.core", "deqjax.nn.variables", "deqjax.optim", "deqjax.training", "deqjax.data.errors"},
+    "deqjax.cli": {"deqjax.core", "deqjax.training", "deqjax.data.errors"},
     "configs": {"configs"},
 }
 FORBIDDEN = {"deqjax.core": {"flax"}, "deqjax.data": {"jax", "flax"}, "configs": {"jax", "flax", "numpy"}}

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from deqjax.core.naming import leaf_path
 from deqjax.training.mesh import batch_sharding, check_divisible, replicated
-from deqjax.training.state import TrainState, kinds_of_state, leaf_path
+from deqjax.training.state import TrainState, kinds_of_state
 
 # (pattern, axis, units): where the pattern is found in the path of a parameter, its axis may be split over `model`, in as
 # many parts as divide the units: attention heads, say, of which each has to stay whole.

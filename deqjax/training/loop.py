@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from deqjax.data.errors import DataError
+from deqjax.optim.schedules import learning_rate
 from deqjax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from deqjax.training.console import console_line, duration, parameter_overview, say, shown
 from deqjax.training.errors import UserError
 from deqjax.training.lock import locked
 from deqjax.training.mesh import batch_devices, make_mesh, place_batch
 from deqjax.training.metrics import MetricWriter, Progress, Sums
-from deqjax.training.optimizer import learning_rate
 from deqjax.training.profiling import Profile
 from deqjax.training.settings import Settings
 from deqjax.training.signals import StopFlag

@@ -10,7 +10,7 @@ from deqjax.training.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Keys of a config beside `seed`, `optimizer` (see `deqjax.training.optimizer`) and those of the task.
+    """Keys of a config beside `seed`, `optimizer` (see `deqjax.optim`) and those of the task.
 
     Attributes:
       steps: updates of the whole run.

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deqjax.core.naming import leaf_path
 from deqjax.nn.variables import AdjointProbe
 from deqjax.training.checkpoint import Checkpoints, DamagedCheckpoint, committed_steps, fill, load_arrays
 from deqjax.training.console import say
 from deqjax.training.errors import UserError
 from deqjax.training.mesh import make_mesh
 from deqjax.training.settings import FREE_TO_CHANGE, Settings
-from deqjax.training.state import TrainState, kinds_of_state, leaf_path, named_leaves, to_nested_dict
+from deqjax.training.state import TrainState, kinds_of_state, named_leaves, to_nested_dict
 from deqjax.training.step import Program, prepare
 from deqjax.training.task import Task
 

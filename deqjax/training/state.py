@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from deqjax.core.naming import leaf_path
 from deqjax.nn.variables import BatchVariable
 
 
@@ -63,19 +64,6 @@ class TrainState:
     def weights(self):
         """The parameters to evaluate with: their average, where one is kept."""
         return self.ema or self.params
-
-
-def leaf_path(key_path) -> tuple[str, ...]:
-    """The names on the way to a leaf, e.g. `("cell", "layers", "0", "kernel")`.
-
-    That a leaf sits inside an `nnx.Variable` is left out: it is no part of its name.
-    """
-    names = []
-    for entry in key_path:
-        name = next(str(getattr(entry, field)) for field in ("key", "name", "idx") if hasattr(entry, field))
-        if not (isinstance(entry, jax.tree_util.GetAttrKey) and name == "value"):
-            names.append(name)
-    return tuple(names)
 
 
 def named_leaves(tree) -> dict[tuple[str, ...], Any]:

@@ -10,11 +10,11 @@ from flax import nnx
 
 from deqjax.core.gradients import PROBE_ENTRIES
 from deqjax.nn.variables import AdjointProbe
+from deqjax.optim.optimizer import build_optimizer
 from deqjax.training.accumulate import accumulated
 from deqjax.training.errors import UserError
 from deqjax.training.layout import parameter_shardings, state_shardings
 from deqjax.training.mesh import check_divisible, replicated
-from deqjax.training.optimizer import build_optimizer
 from deqjax.training.settings import Settings
 from deqjax.training.state import TrainState, merged, named_leaves
 from deqjax.training.task import Task

@@ -27,7 +27,7 @@ class Task(Protocol):
       name: goes into the checkpoint; the class's name by default.
       fingerprint: anything JSON that must be equal for a checkpoint to be resumed, such as a vocabulary's hash.
       items_per_step: `(unit, number)`, e.g. `("tokens", 9000)`, for the speed on the console.
-      tied_updates: groups of parameter paths, see `deqjax.training.optimizer.tie_updates`.
+      tied_updates: groups of parameter paths, see `deqjax.optim.optimizer.tie_updates`.
       layout: how large parameters may be split over the mesh axis `model`, see `deqjax.training.layout.Layout`.
       free_to_change: settings, or sections of them, that do not change what training computes: a resumed run may have others.
       import_checkpoint(path, model): puts published weights of another format into the model; `config.init_from` passes

@@ -12,8 +12,8 @@ from deqjax.data.flow_files import read_flo, read_kitti
 from deqjax.data.images import pillow
 from deqjax.models.flow import FlowConfig
 from deqjax.nn.config import DEQConfig
+from deqjax.optim.schedules import learning_rate
 from deqjax.training.mesh import place_batch
-from deqjax.training.optimizer import learning_rate
 from deqjax.training.step import prepare, step_function
 from experiments import deq_flow
 from experiments.deq_flow import FlowTask

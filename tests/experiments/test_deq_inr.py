@@ -9,13 +9,13 @@ import pytest
 from flax import nnx
 from scipy.io import wavfile
 
+from deqjax.cli import load_config
 from deqjax.data.coordinates import coordinates
 from deqjax.data.errors import DataError
 from deqjax.data.images import pillow, read_image
 from deqjax.data.meshes import Mesh
 from deqjax.interop.inr_file import read_signals
 from deqjax.training import loop
-from deqjax.training.main import load_config
 from deqjax.training.mesh import make_mesh
 from deqjax.training.state import named_leaves
 from experiments import deq_inr, inr_table

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from deqjax.training.main import load_config
+from deqjax.cli import load_config
 from deqjax.training.mesh import place_batch, place_whole
 from deqjax.training.step import prepare, step_function
 from experiments import inr_signals, inr_task

@@ -38,7 +38,8 @@ from deqjax.models.flow import (
 )
 from deqjax.models.mdeq import resize_bilinear
 from deqjax.nn.config import DEQConfig
-from deqjax.training.optimizer import build_optimizer, learning_rate
+from deqjax.optim.optimizer import build_optimizer
+from deqjax.optim.schedules import learning_rate
 from experiments.flow_metrics import end_point_error, masked_l1, scores
 from tests.golden import Case, close
 

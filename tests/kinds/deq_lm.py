@@ -17,7 +17,8 @@ from deqjax.models.transformer.adaptive import twice_held_projections
 from deqjax.models.transformer.attention import relative_shift, sinusoids
 from deqjax.models.transformer.cell import BlockMasks
 from deqjax.nn.config import DEQConfig
-from deqjax.training.optimizer import build_optimizer, learning_rate
+from deqjax.optim.optimizer import build_optimizer
+from deqjax.optim.schedules import learning_rate
 from tests.golden import Case, close
 from tests.kinds.deq_lm_data import check_data
 

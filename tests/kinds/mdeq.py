@@ -13,7 +13,8 @@ from deqjax.interop.mdeq import backbone_entries, canonical, export_mdeq, head_e
 from deqjax.models.mdeq import MDEQ, MDEQConfig, resize_bilinear, run_blocks, transform
 from deqjax.models.mdeq.cell import repeat_pixels
 from deqjax.nn.config import DEQConfig
-from deqjax.training.optimizer import build_optimizer, clip_by_global_norm, learning_rate
+from deqjax.optim.optimizer import build_optimizer, clip_by_global_norm
+from deqjax.optim.schedules import learning_rate
 from experiments.image_losses import cross_entropy, ohem_cross_entropy
 from experiments.image_metrics import confusion_matrix, segmentation_scores, top_k
 from tests.golden import Case, close, trace_close

@@ -97,6 +97,6 @@ class TinyTask:
 
 
 if __name__ == "__main__":
-    from deqjax.training.main import run
+    from deqjax.cli import run
 
     sys.exit(run(TinyTask))

@@ -26,7 +26,7 @@ class TransformerConfig:
       d_embed: embedding width; None is d_model.
       tie_weights: softmax tables are the embedding tables.
       tie_projections: "shared" ties the projections of the tail clusters; "upstream" keeps two parameters to be
-        updated twice over, as the originals do (see `training.optimizer.tie_updates`); "none" leaves them apart.
+        updated twice over, as the originals do (see `deqjax.optim.optimizer.tie_updates`); "none" leaves them apart.
       local_size: attention window; 0 is the originals' 1000, None is unlimited.
       dropout, dropatt: rates of the feature and the attention dropout.
       position_dropout: "features", or "positions" as deq-seq has it; None takes the recipe's.

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from deqjax.optim.optimizer import build_optimizer, clip_by_global_norm, tie_updates
+from deqjax.optim.schedules import learning_rate
 from deqjax.training.errors import UserError
-from deqjax.training.optimizer import build_optimizer, clip_by_global_norm, learning_rate, tie_updates
 
 COSINE = {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 4, "max_steps": 100, "lr_min": 1e-4}
 

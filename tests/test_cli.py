@@ -5,8 +5,8 @@ import sys
 import jax
 import pytest
 
+from deqjax.cli import run
 from deqjax.training.errors import UserError
-from deqjax.training.main import run
 from deqjax.training.mesh import make_mesh
 from tests.training.tiny import TinyTask
 
