@@ -15,7 +15,7 @@ from deqjax.data.errors import DataError
 
 
 def fetch(
-    directory: str | os.PathLike, archive: str, url: str, files: Sequence[str], sha256: str | None, otherwise: str
+    directory: str | os.PathLike, archive: str, url: str, files: Sequence[str], checksum: str | None, otherwise: str
 ) -> pathlib.Path:
     """The directory, with the files in it: they are there, or in an archive that is there, or the archive is downloaded.
 
@@ -24,7 +24,8 @@ def fetch(
       archive: name of the archive in the directory and on the server; a zip.
       url: where it is downloaded from.
       files: names of the wanted files, wherever they lie inside the archive.
-      sha256: of the archive; None if its publisher gives none, and then the reader's own checks are all there is.
+      checksum: of the archive, e.g. "sha256:..." or "md5:..."; None if its publisher gives none, and then there are
+        the reader's own checks alone.
       otherwise: what to do without a network.
 
     Raises:
@@ -35,7 +36,7 @@ def fetch(
     if not missing:
         return directory
     if (directory / archive).is_file():
-        _unpack(directory / archive, directory, missing, sha256, url)
+        _unpack(directory / archive, directory, missing, checksum, url)
         return directory
     # Some servers refuse the agent that urllib names by default.
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"})
@@ -45,7 +46,7 @@ def fetch(
             with tempfile.NamedTemporaryFile(dir=directory, prefix=".download-", suffix=".zip") as file:
                 shutil.copyfileobj(response, file, 1 << 20)
                 file.flush()
-                _unpack(pathlib.Path(file.name), directory, missing, sha256, url)
+                _unpack(pathlib.Path(file.name), directory, missing, checksum, url)
     except (OSError, http.client.HTTPException) as error:  # no network, a refusal, a timeout, a full disk
         raise DataError(
             f"{directory} lacks {', '.join(missing)}, and {url} could not be downloaded ({error}). Put {archive} or its files "
@@ -54,12 +55,14 @@ def fetch(
     return directory
 
 
-def _unpack(path, directory, missing, sha256, url):
+def _unpack(path, directory, missing, checksum, url):
     """Checks the archive and writes the missing files, each at once; files that exist are left alone."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if sha256 is not None and digest != sha256:
-        raise DataError(f"{path} is damaged or not the archive of {url}: sha256 {digest}, expected {sha256}.")
+    if checksum is not None:
+        algorithm, _, expected = checksum.partition(":")
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, algorithm).hexdigest()
+        if digest != expected:
+            raise DataError(f"{path} is damaged or not the archive of {url}: {algorithm} {digest}, expected {expected}.")
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is damaged: it is no zip archive. Remove it to have it downloaded again from {url}.")
     try:

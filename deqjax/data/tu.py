@@ -14,11 +14,11 @@ from deqjax.data.graphs import Graph, augmented, check_graph
 URL = "https://www.chrsmrrs.com/graphkerneldatasets/{name}.zip"
 # Number of graphs of each set, and the checksum of its archive where one is known.
 SETS = {
-    "MUTAG": (188, "c419bdc853c367d2d83da4973c45100954ae15e10f5ae2cddde6ca431f8207f6"),
-    "PTC_MR": (344, "5699a6d9f1bc5b3d71495f09ef50de53fa3e6bb24ead1150da678500229f5237"),
+    "MUTAG": (188, "sha256:c419bdc853c367d2d83da4973c45100954ae15e10f5ae2cddde6ca431f8207f6"),
+    "PTC_MR": (344, "sha256:5699a6d9f1bc5b3d71495f09ef50de53fa3e6bb24ead1150da678500229f5237"),
     "COX2": (467, None),
     "PROTEINS": (1113, None),
-    "NCI1": (4110, "10e1458f3bd9224f14e6d7627e74dcfd13e48d376d73935e7bd2900590ef1d82"),
+    "NCI1": (4110, "sha256:10e1458f3bd9224f14e6d7627e74dcfd13e48d376d73935e7bd2900590ef1d82"),
 }
 
 
@@ -45,10 +45,10 @@ def tu(name: str, directory: str | os.PathLike) -> GraphSet:
     if name not in SETS:
         hint = ' ("PTC" is PTC_MR)' if name.upper().startswith("PTC") else ""
         raise DataError(f"there is no set {name!r} among {', '.join(SETS)}{hint}.")
-    n_graphs, sha256 = SETS[name]
+    n_graphs, checksum = SETS[name]
     files = [f"{name}_{part}.txt" for part in ("A", "graph_indicator", "graph_labels", "node_labels")]
     otherwise = "For graphs that need no download: --config configs/ignn_demo_graphs.py"
-    found = read_tu(name, fetch(directory, f"{name}.zip", URL.format(name=name), files, sha256, otherwise))
+    found = read_tu(name, fetch(directory, f"{name}.zip", URL.format(name=name), files, checksum, otherwise))
     if len(found.graphs) != n_graphs:
         raise DataError(f"{directory} holds {len(found.graphs)} graphs, but {name} has {n_graphs}.")
     # For an undirected graph this matrix has the radius 1.

@@ -231,7 +231,7 @@ def test_an_archive_in_the_folder_serves_in_place_of_a_download(tmp_path, monkey
             archive.write(file, f"COX2/{file.name}")
     with pytest.raises(DataError, match=r"lacks COX2_A\.txt; it holds COX2_graph_indicator\.txt"):
         tu("COX2", target)
-    monkeypatch.setitem(tu_module.SETS, "COX2", (3, "0" * 64))
+    monkeypatch.setitem(tu_module.SETS, "COX2", (3, "sha256:" + "0" * 64))
     with pytest.raises(DataError, match="damaged or not the archive"):
         tu("COX2", target)
     monkeypatch.setitem(tu_module.SETS, "COX2", (3, None))
@@ -274,7 +274,7 @@ def test_a_download_is_checked_and_unpacked(tmp_path, monkeypatch):
     folder = fetch(tmp_path / "new", "remote.zip", "https://example.org/remote.zip", ["a.txt"], None, "")
     assert (folder / "a.txt").read_text() == "hello" and [p.name for p in folder.iterdir()] == ["a.txt"]
     with pytest.raises(DataError, match="sha256"):
-        fetch(tmp_path / "other", "remote.zip", "https://example.org/remote.zip", ["a.txt"], "0" * 64, "")
+        fetch(tmp_path / "other", "remote.zip", "https://example.org/remote.zip", ["a.txt"], "sha256:" + "0" * 64, "")
 
 
 def test_folds_need_enough_graphs_of_each_class():

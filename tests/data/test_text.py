@@ -252,14 +252,17 @@ class TestWikitext:
                 raise answer
             return io.BytesIO(answer)
 
-        monkeypatch.setattr(wikitext.urllib.request, "urlopen", urlopen)
+        monkeypatch.setattr("urllib.request.urlopen", urlopen)
 
     def test_download(self, tmp_path, monkeypatch, archive):
         self.serve(monkeypatch, archive)
         with pytest.warns(UserWarning, match="not the usual WikiText-103"):
             corpus = wikitext.wikitext103(tmp_path / "new")
         assert len(corpus.train) == 10
-        assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [".deqjax", "test.txt", "train.txt", "valid.txt"]
+        assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+            ".deqjax",
+            *(f"wiki.{split}.tokens" for split in ("test", "train", "valid")),
+        ]
 
     def test_local_archive(self, tmp_path, monkeypatch, archive):
         self.serve(monkeypatch, urllib.error.URLError("no network"))
@@ -280,7 +283,7 @@ class TestWikitext:
 
     def test_no_network(self, tmp_path, monkeypatch):
         self.serve(monkeypatch, urllib.error.URLError("no network"))
-        with pytest.raises(DataError, match=r"train, valid, test missing.*smerity.*no network.*train\.txt.*configs/pydoc\.py"):
+        with pytest.raises(DataError, match=r"lacks wiki\.train\.tokens.*smerity.*no network.*train\.txt.*configs/pydoc\.py"):
             wikitext.wikitext103(tmp_path / "new")
         assert not (tmp_path / "new").exists()
 
