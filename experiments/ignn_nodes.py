@@ -57,6 +57,7 @@ class NodeTask:
         self.config = config
         _check_settings(config)
         self.deq = DEQConfig.from_config(config.deq)
+        _check_burn_in(self.deq)
         self.splits = read(config) if splits is None else splits
         example = self.splits["train"][0]
         # Labels of a node are one class or a set.
@@ -267,6 +268,21 @@ def _check_settings(config) -> None:
     ):
         if not value >= least:  # NaN is refused, too
             raise ValueError(f"{name}={value}: must be {least} or more.")
+
+
+def _check_burn_in(deq: DEQConfig) -> None:
+    """Raises ValueError if a solve would end before any of its iterates counts, and hand back what it began with."""
+    forward, backward = deq.f_options.get("burn_in", 0), deq.b_options.get("burn_in", 0)
+    for name, burn_in, steps in (
+        ("training", forward, deq.f_max_iter),
+        ("evaluation", forward, deq.eval_budget()),
+        ("the gradient", backward, deq.b_max_iter),
+    ):
+        if burn_in >= max(steps, 1):
+            raise ValueError(
+                f"the solve of {name} ends after {steps} steps, but none of its first {burn_in} counts (burn_in): raise "
+                "f_max_iter, eval_f_max_iter or b_max_iter, or lower burn_in."
+            )
 
 
 def main(argv=None):

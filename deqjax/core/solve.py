@@ -141,7 +141,7 @@ def _record(carry: _Carry, f_z, solver: Solver) -> tuple[_Carry, jax.Array]:
 
     active = ~carry.finished
     finite = jnp.isfinite(absolute) & jnp.isfinite(relative)
-    eligible = active & finite & (carry.step >= min(solver.burn_in, solver.max_steps - 1))
+    eligible = active & finite & (carry.step >= solver.burn_in)
     improved = eligible & ((residual < lowest) | solver.return_final)
     candidate = f_z if solver.candidate == "image" else carry.z
 

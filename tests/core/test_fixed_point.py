@@ -196,13 +196,6 @@ def test_non_finite_samples_stop_with_their_best_iterate_and_leave_others_alone(
     np.testing.assert_allclose(solution.value[0], 2.0)
 
 
-def test_the_last_evaluation_counts_however_long_the_burn_in(problem):
-    start = jnp.zeros_like(problem[1])
-    few, expected = (fixed_point(cell, start, *problem, solver=Picard(max_steps=3, tol=0.0, burn_in=n)) for n in (10, 0))
-    np.testing.assert_array_equal(few.value, expected.value)
-    assert np.all(few.stats.best_step == 3) and np.all(few.stats.rel_lowest == expected.stats.rel_lowest)
-
-
 def test_divergence_is_reported():
     stats = fixed_point(lambda z: 2 * z + 1, jnp.zeros((1, 3)), solver=Picard(max_steps=20, stop_mode="abs")).stats
     assert stats.status[0] == Status.DIVERGED

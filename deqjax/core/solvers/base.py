@@ -19,7 +19,8 @@ class Solver:
         sample until all are below `tol` at once.
       check_every: evaluations between two tests whether the whole batch is done (a host or cross-device reduction).
       return_final: return the last iterate instead of the best one, and never stop early.
-      burn_in: first evaluations that neither end the solve nor count as best; the last of the budget always counts.
+      burn_in: first evaluations that neither end the solve nor count as best; a budget that ends before them hands
+        back the start, as in the original.
       monitor: False drops residuals and stopping altogether: `max_steps` plain steps, the last iterate returned.
     """
 
