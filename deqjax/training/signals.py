@@ -1,8 +1,8 @@
 """Stopping a run from outside without losing its work."""
 
+import contextlib
 import os
 import signal
-import sys
 
 import jax
 
@@ -31,7 +31,8 @@ class StopFlag:
             raise KeyboardInterrupt
         self._caught = number
         # Not by print, which the signal may have interrupted.
-        os.write(sys.stderr.fileno(), f"{self.name}: stopping after this step; Ctrl-C stops at once.\n".encode())
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self.name}: stopping after this step; Ctrl-C stops at once.\n".encode())
 
     def requested(self, step: int) -> bool:
         """Whether to stop before step `step`."""

@@ -67,8 +67,11 @@ def test_two_processes_train_die_and_go_on(mesh, tmp_path):
     codes, outputs = finish(processes)
     assert codes == [0, 0], outputs
     assert "SIGTERM" in outputs[0][0] or "test, weights of step" in outputs[0][0], outputs
-    # One process speaks for all; what is left is said by the transport.
-    assert all(line.startswith("[Gloo]") for line in outputs[1][0].splitlines()), outputs
+    # One process speaks for all; the transport has words of its own, which its threads may mix.
+    assert not any(text in outputs[1][0] for text in ("Devices:", "Restored step", "steps/s", "SIGTERM", "weights of step")), (
+        outputs
+    )
+    assert all(text in outputs[0][0] for text in ("Devices:", "Restored step")), outputs
 
     codes, outputs = finish(start_two(both, *sizes))
     assert codes == [0, 0], outputs
