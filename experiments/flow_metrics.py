@@ -29,16 +29,6 @@ def end_point_error(
     return _length(flow - truth) * mask, mask
 
 
-def outliers(
-    flow: Float[Array, "B H W 2"], truth: Float[Array, "B H W 2"], valid: Float[Array, "B H W"]
-) -> Float[Array, "B H W"]:
-    """KITTI's F1: 1 where the error exceeds 3 pixels and 5 % of the vector's length, among known pixels."""
-    error, length = _length(flow - truth), _length(truth)
-    # A true vector of length zero is missed by any error.
-    wrong = (error > 3) & (error > 0.05 * length)
-    return (wrong & (valid >= 0.5)).astype(truth.dtype)
-
-
 def _length(vectors):
     """Euclidean length, differentiable everywhere."""
     squared = jnp.sum(jnp.square(vectors), axis=-1)

@@ -61,9 +61,9 @@ def _as_array(file, channels):
     return array if channels == 3 else array[..., None]
 
 
-def unit(image: np.ndarray, dtype=np.float32) -> np.ndarray:
+def unit(image: np.ndarray) -> np.ndarray:
     """Unsigned integers of 8 or 16 bits as real numbers from 0 to 1."""
-    return (image / np.iinfo(image.dtype).max).astype(dtype)
+    return (image / np.iinfo(image.dtype).max).astype(np.float32)
 
 
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:

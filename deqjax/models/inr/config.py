@@ -63,7 +63,3 @@ class INRConfig:
             raise ValueError(f"init_power_iters={self.init_power_iters}: must be 0 or more.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
             raise ValueError(f'dtype={self.dtype!r}: must be None, "float32", "bfloat16" or "float16".')
-
-    @property
-    def has_filters(self) -> bool:
-        return self.network in ("deq", "one_pass")
