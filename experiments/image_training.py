@@ -26,6 +26,14 @@ TRAINING = {
 }
 
 
+def check_set(images, n_classes: int, batch_size: int) -> None:
+    """Raises ValueError for a training set with other classes than the model's, or with too few images for a batch."""
+    if len(images.classes) != n_classes:
+        raise ValueError(f"model.n_classes={n_classes}, but the data have {len(images.classes)} classes.")
+    if len(images) < batch_size:
+        raise ValueError(f"data.batch_size={batch_size}, but there are {len(images)} images.")
+
+
 class Forward(NamedTuple):
     """A training forward pass."""
 

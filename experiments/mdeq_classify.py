@@ -33,6 +33,7 @@ from experiments.image_metrics import confusion_matrix, top_k
 from experiments.image_pictures import draw_confusion
 from experiments.image_training import (
     architecture,
+    check_set,
     check_training,
     forward,
     radius_metric,
@@ -71,10 +72,7 @@ class ClassificationTask:
             raise ValueError("the model segments: python -m experiments.mdeq_segment")
         self.splits = read(config) if splits is None else splits
         classes = self.splits["train"].classes
-        if len(classes) != self.architecture.n_classes:
-            raise ValueError(f"model.n_classes={self.architecture.n_classes}, but the data have {len(classes)} classes.")
-        if len(self.splits["train"]) < config.data.batch_size:
-            raise ValueError(f"data.batch_size={config.data.batch_size}, but there are {len(self.splits['train'])} images.")
+        check_set(self.splits["train"], self.architecture.n_classes, config.data.batch_size)
         images, multiple = self.splits["train"], self.architecture.image_multiple
         size = images.images.shape[1:3] if isinstance(images, ImageArrays) else (config.data.image_size,) * 2
         if any(n % multiple for n in size):

@@ -35,6 +35,7 @@ from experiments.image_metrics import confusion_matrix, segmentation_scores
 from experiments.image_pictures import draw_confusion, overlay, voc_palette
 from experiments.image_training import (
     architecture,
+    check_set,
     check_training,
     forward,
     radius_metric,
@@ -85,10 +86,7 @@ class SegmentationTask:
                 raise ValueError(f"data.{name}={config.data[name]}: height and width must be multiples of {multiple}.")
         self.splits = read(config) if splits is None else splits
         self.classes, self.palette = self.splits["train"].classes, self.splits["train"].palette
-        if len(self.classes) != self.architecture.n_classes:
-            raise ValueError(f"model.n_classes={self.architecture.n_classes}, but the data have {len(self.classes)} classes.")
-        if len(self.splits["train"]) < config.data.batch_size:
-            raise ValueError(f"data.batch_size={config.data.batch_size}, but there are {len(self.splits['train'])} images.")
+        check_set(self.splits["train"], self.architecture.n_classes, config.data.batch_size)
         self.items_per_step = ("images", config.data.batch_size)
         self.fingerprint = [list(self.classes), len(self.splits["train"])]
         self.damaged = {split: Damaged(say) for split in self.splits}
