@@ -4,7 +4,8 @@
 
 A warm step evaluates f as often as its gradient records it (k times), an explicit step once. The table says what a warm step
 costs in explicit steps, and divided by k; "implicit" is the step with the implicit gradient: an evaluation, an adjoint solve.
-Times are the least of several rounds that take turns, so that what else the machine does falls on all alike.
+Times are medians over rounds in which the steps take turns, so that what else the machine does falls on all alike. In each
+round a step runs five times in a row, as in training; the first of them, which finds the caches full of another's, is left out.
 """
 
 import argparse
@@ -43,16 +44,18 @@ class Run:
         self.compile_s = time.perf_counter() - began
         memory = self._compiled.memory_analysis()
         self.gib = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30 if memory else float("nan")
-        self.seconds, self.cpu_seconds = [], []
-        for _ in range(2):
-            self.step()
-        self.seconds.clear(), self.cpu_seconds.clear()
+        self.times = []  # (seconds, seconds of all cores) of the steps that count
+        self.step()
 
-    def step(self):
+    def round(self, repeats: int):
+        """Takes so many steps in a row that count, after one that does not."""
+        self.step()
+        self.times += [self.step() for _ in range(repeats)]
+
+    def step(self) -> tuple[float, float]:
         began, cpu = time.perf_counter(), time.process_time()
         self.state, _, _ = jax.block_until_ready(self._compiled(self.state, self.batch))
-        self.seconds.append(time.perf_counter() - began)
-        self.cpu_seconds.append(time.process_time() - cpu)
+        return time.perf_counter() - began, time.process_time() - cpu
 
 
 def main():
@@ -70,8 +73,9 @@ def main():
         runs[name] = Run(config, name)
     for _ in range(options.rounds):
         for run in runs.values():
-            run.step()
-    explicit, batch = min(runs["explicit"].seconds), runs["explicit"].batch
+            run.round(4)
+    medians = {name: np.median(run.times, axis=0) for name, run in runs.items()}
+    explicit, batch = medians["explicit"][0], runs["explicit"].batch
     print(
         f"{options.config}: {len(batch['x']):,} coordinates, {config.model.filter}, {config.model.n_layers} layer(s) of "
         f"{config.model.n_hidden}, {runs['explicit'].parameters:,} parameters, on {jax.devices()[0].device_kind}"
@@ -79,10 +83,10 @@ def main():
     print("| step | seconds | of all cores | in explicit steps | per evaluation of f | compiled in | memory |")
     print("|---|---|---|---|---|---|---|")
     for name, run in runs.items():
-        seconds = min(run.seconds)
+        seconds, cpu_seconds = medians[name]
         ratio, each = seconds / explicit, seconds / explicit / max(CASES[name], 1)
         print(
-            f"| {name} | {seconds:.3f} | {np.median(run.cpu_seconds):.3f} | {ratio:.2f} | {each:.2f} | {run.compile_s:.1f} s | "
+            f"| {name} | {seconds:.3f} | {cpu_seconds:.3f} | {ratio:.2f} | {each:.2f} | {run.compile_s:.1f} s | "
             f"{run.gib:.2f} GiB |"
         )
     print(f"peak memory of the process {peak_memory():.2f} GiB")
