@@ -13,7 +13,7 @@ from deqjax.training.step import prepare, step_function
 from experiments import inr_signals, inr_task
 from experiments.deq_inr import make_task
 from tests.training.lowering import lowers_everywhere
-from tests.training.meshes import assert_a_run_moves, assert_meshes_agree, mesh_of
+from tests.training.meshes import assert_a_run_moves, assert_devices_share_out_a_batch, assert_meshes_agree, mesh_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 # 8 x 8 pixels or 64 points. The gradient stays in the momentum.
@@ -38,7 +38,9 @@ TASKS = {
 @pytest.mark.parametrize("name", TASKS)
 def test_every_mesh_computes_what_one_device_does(name):
     task = TASKS[name]()
-    assert_meshes_agree(task, ((8, 1, 1),) if name == "distance" else ((8, 1, 1), (2, 2, 2)), tol=3e-5)
+    steps = assert_meshes_agree(task, ((8, 1, 1),) if name == "distance" else ((8, 1, 1), (2, 2, 2)), tol=3e-5)
+    if name == "distance":
+        assert_devices_share_out_a_batch(steps[8, 1, 1])
 
 
 @pytest.mark.parametrize("name", TASKS)

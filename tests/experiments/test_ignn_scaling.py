@@ -11,7 +11,7 @@ from experiments.ignn_graphs import GraphTask
 from experiments.ignn_nodes import NodeTask
 from tests.experiments.test_ignn import CHAINS, GRAPHS, small_ppi
 from tests.training.lowering import lowers_everywhere
-from tests.training.meshes import assert_a_run_moves, assert_meshes_agree, mesh_of
+from tests.training.meshes import assert_a_run_moves, assert_devices_share_out_a_batch, assert_meshes_agree, mesh_of
 
 # The gradient stays in the momentum.
 SGD = {"optimizer.name": "sgd", "optimizer.weight_decay": 0.0}
@@ -44,7 +44,9 @@ TASKS = {"chains": chains, "graphs": graphs, "ppi": ppi}
 def test_every_mesh_computes_what_one_device_does(name):
     task = TASKS[name]()
     # Five solves take long to compile.
-    assert_meshes_agree(task, ((2, 2, 2),) if name == "ppi" else ((8, 1, 1), (4, 2, 1), (2, 2, 2)))
+    steps = assert_meshes_agree(task, ((2, 2, 2),) if name == "ppi" else ((8, 1, 1), (4, 2, 1), (2, 2, 2)))
+    if (8, 1, 1) in steps:
+        assert_devices_share_out_a_batch(steps[8, 1, 1])
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -7,6 +7,7 @@ from deqjax.training import loop
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.state import named_leaves
 from deqjax.training.step import Program, prepare, step_function
+from tests.training.collectives import collectives
 from tests.training.runs import lines
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (2, 2, 2)]
@@ -29,9 +30,23 @@ def compiled_step(task, mesh) -> tuple[Program, jax.stages.Compiled, tuple]:
     return program, update.lower(state, batch).compile(), (state, batch)
 
 
+def assert_devices_share_out_a_batch(step) -> None:
+    """They sum their gradients, all at once, and within a solve tell each other one number per check.
+
+    Not where a loop over recorded steps is differentiated: there each step's share of the gradient is summed on a CPU.
+    """
+    found = collectives(step)
+    assert all(c.entries == 1 for c in found if "while" in c.scope), found
+    assert [c.kind for c in found if c.entries > 100] == ["all-reduce"], found
+
+
 def loss_and_gradient(task, mesh) -> dict[tuple, np.ndarray]:
     """The metrics of a step, its gradient, and the model's variables: the config must have sgd with momentum."""
-    _, step, (state, batch) = compiled_step(task, mesh)
+    _, step, arguments = compiled_step(task, mesh)
+    return _outcome(step, *arguments)
+
+
+def _outcome(step, state, batch):
     after, sums, report = step(state, batch)
     # After one step the momentum is the gradient.
     everything = {"sums": sums, "norm": report["grad_norm"], "gradient": after.opt, "variables": after.variables}
@@ -39,16 +54,24 @@ def loss_and_gradient(task, mesh) -> dict[tuple, np.ndarray]:
     return {path: np.asarray(x) for path, x in arrays.items() if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)}
 
 
-def assert_meshes_agree(task, shapes, tol: float = 2e-5) -> None:
-    """Metrics, gradient and variables of a step on every mesh are those on one device, up to `tol` of each array's largest."""
-    expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
+def assert_meshes_agree(task, shapes, tol: float = 2e-5) -> dict[tuple, jax.stages.Compiled]:
+    """Metrics, gradient and variables of a step on every mesh are those on one device, up to `tol` of each array's largest.
+
+    Returns:
+      The compiled step of every mesh.
+    """
+    _, step, arguments = compiled_step(task, mesh_of((1, 1, 1)))
+    expected = _outcome(step, *arguments)
+    steps = {}
     for shape in shapes:
-        for path, array in loss_and_gradient(task, mesh_of(shape)).items():
+        _, steps[shape], arguments = compiled_step(task, mesh_of(shape))
+        for path, array in _outcome(steps[shape], *arguments).items():
             # A residual is a difference of states of order one, and rounds like them.
             is_residual = path[0] == "sums" and path[1].rpartition("/")[2] in ("abs", "rel")
             array, on_one = array.astype(float), expected[path].astype(float)
             scale = np.max(np.abs(on_one), initial=1.0 if is_residual else 1e-2)
             np.testing.assert_allclose(array, on_one, rtol=0, atol=tol * scale, err_msg=f"{shape} {'/'.join(path)}")
+    return steps
 
 
 def assert_a_run_moves(make_task, modules, tmp_path, monkeypatch, rtol: float, names=("train/loss", "valid/loss")) -> None:
