@@ -17,6 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 import tests.typechecker  # noqa: F401 (the hook names it)
@@ -28,3 +29,12 @@ install_import_hook("deqjax", "tests.typechecker.typechecker")
 
 def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="directory tree of golden cases (JSON and npz) to run")
+
+
+@pytest.fixture
+def optimized():
+    """Compiles as users' programs do: for tests that compute more than they compile."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -80,7 +80,7 @@ def test_short_chains_are_learned_and_an_explicit_network_sees_no_further_than_i
 
 
 @pytest.mark.slow
-def test_a_class_is_remembered_over_a_hundred_nodes(tmp_path):
+def test_a_class_is_remembered_over_a_hundred_nodes(tmp_path, optimized):
     settings = {"data.length": 100, "steps": 300, "eval_every": 300, "log_every": 100}
     assert ignn_nodes.main(command("ignn_chains.py", tmp_path, settings)) == 0
     assert next(e["test/accuracy"] for e in lines(tmp_path) if "test/accuracy" in e) > 0.95
@@ -247,7 +247,7 @@ def test_weights_of_graph_networks_are_exported_and_read_back(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_needs_and_finds_what_is_far_away(tmp_path):
+def test_the_demo_needs_and_finds_what_is_far_away(tmp_path, optimized):
     for layers, right in ((0, lambda a: a > 0.95), (2, lambda a: a < 0.7)):
         settings = {"steps": 300, "eval_every": 100, "explicit_layers": layers}
         assert ignn_graphs.main(command("ignn_demo_graphs.py", tmp_path / str(layers), settings)) == 0
