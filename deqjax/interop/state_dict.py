@@ -87,7 +87,7 @@ def load_entries(entries: Sequence[Entry], state_dict: Mapping[str, np.ndarray],
             continue
         value = entry.layout.load(given)
         known = arrays.setdefault(id(entry.variable), (key, entry.variable, value))
-        if not np.array_equal(known[2], value):
+        if not np.array_equal(known[2], value, equal_nan=True):
             problems.append(f"tied weights differ: {known[0]} and {key}")
     if problems:
         raise StateDictError(f"the state dict does not fit this model: {'; '.join(problems)}.")

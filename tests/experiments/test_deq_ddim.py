@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs import ddim_celeba, ddim_cifar10, ddim_digits, ddim_lsun
 from deqjax.interop.ddim import load_ddim
-from deqjax.interop.torch_file import read_checkpoint
+from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.ddim import JointSystem, sample_ddim, solve_joint
 from deqjax.training.mesh import batch_sharding, place_batch
 from deqjax.training.step import prepare, step_function
@@ -135,6 +135,16 @@ def test_a_checkpoint_of_another_resolution_is_refused(trained, tmp_path, capsys
     other = {"model.image_size": 16, "model.multipliers": (1, 2), "init_from": file}
     assert deq_ddim.main(command(tmp_path / "other", "--mode=sample", **other)) == 2
     assert "has 2 levels" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_network_that_returns_nan_is_reported_with_the_timestep(trained, tmp_path, capsys):
+    file = tmp_path / "weights.safetensors"
+    assert deq_ddim.main(command(trained, "--mode=export", export_path=file)) == 0
+    weights = read_checkpoint(file)
+    weights["conv_out.bias"] = np.full_like(weights["conv_out.bias"], np.nan)
+    write_checkpoint(file, weights)
+    assert deq_ddim.main(command(tmp_path, "--mode=sample", init_from=file)) == 2
+    assert "not finite for 2 of 2 samples: sample 0 at timestep" in " ".join(capsys.readouterr().err.split())
 
 
 def test_one_timestep_is_a_chain_too():

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from deqjax import Anderson, Broyden, Implicit, Phantom, Picard, Status, TriangularAnderson, fixed_point
+from deqjax import Anderson, Broyden, Implicit, NewtonKrylov, Phantom, Picard, Status, TriangularAnderson, fixed_point
 from deqjax.interop.ddim import export_ddim, load_ddim
 from deqjax.interop.state_dict import StateDictError
 from deqjax.models.ddim import (
@@ -84,7 +84,7 @@ def test_acceleration_needs_fewer_iterations_and_keeps_the_tolerance():
     assert calls[1] < calls[0] < 40
 
 
-@pytest.mark.parametrize("solver", [Broyden, TriangularAnderson])
+@pytest.mark.parametrize("solver", [Broyden, NewtonKrylov, TriangularAnderson])
 def test_any_solver_of_the_core_finds_it_through_fixed_point(solver):
     system, x_T, noise = problem(eta=0.5)
     expected = sample_ddim(system.denoise, system.chain, x_T, noise).trajectory
