@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/train
 	$(BIN)/python -m experiments.deq_lm --config configs/pydoc.py --workdir runs/pydoc
@@ -16,6 +16,9 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict --quiet
+
 # A stamp per extra; remade when the requirements change.
 .venv/%: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -26,4 +29,4 @@ lint: .venv/test
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -23,3 +23,9 @@ def test_every_config_and_module_named_exists():
         assert (ROOT / "experiments" / f"{module}.py").is_file(), module
     for target in re.findall(r"^make (\w+)", TEXT, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_every_link_and_picture_exists():
+    linked = re.findall(r"\]\(([\w/.]+)(?:#[\w-]+)?\)", TEXT)
+    assert len([name for name in linked if name.endswith(".png")]) >= 4
+    assert all((ROOT / name).exists() for name in linked)
