@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from configs import flow_chairs, flow_kitti, flow_sintel, flow_things, flow_warped_photos
-from deqjax.data.flow_files import read_flo, read_kitti
+from deqjax.data.flow_files import read_flo, read_kitti, write_kitti
+from deqjax.data.flow_sets import FlowSet, Pair
 from deqjax.data.images import pillow
-from deqjax.models.flow import FlowConfig
+from deqjax.models.flow import Estimate, FlowConfig, State
 from deqjax.nn.config import DEQConfig
 from deqjax.optim.schedules import learning_rate
 from deqjax.training.mesh import place_batch
@@ -18,6 +19,7 @@ from deqjax.training.step import prepare, step_function
 from experiments import deq_flow
 from experiments.deq_flow import FlowTask
 from experiments.flow_data import Mix, Part, training_mix
+from experiments.flow_evaluation import evaluate_set
 from experiments.flow_pictures import draw_frames, warp_error
 from experiments.flow_warm_start import steps_to, table
 from tests.training.lowering import lowers_everywhere
@@ -124,6 +126,10 @@ def test_mistakes_end_in_a_sentence(tmp_path, photos, capsys):
         ({"data.stage": "sintle"}, "data.stage='sintle'"),
         ({"data.crop": (24, 33)}, "multiples of 8"),
         ({"evaluate": ("kiti",)}, "did you mean 'kitti'"),
+        ({"evaluate": ()}, "evaluate is empty"),
+        ({"evaluate": ("kitti",)}, "config.evaluate names kitti, but: KITTI 2015 is not there"),
+        ({"viz.steps": (4, 2)}, "viz.steps=(4, 2)"),
+        ({"data.ahead": 0}, "data.ahead=0"),
         ({"model.size": "medium"}, "size='medium'"),
         ({"data.stage": "chairs"}, "FlyingChairs is not there"),
         ({"deq.f_sover": "broyden"}, "did you mean"),
@@ -170,8 +176,9 @@ def test_every_recipe_is_one_that_can_be_built():
             assert 0 < float(rate(config.steps - 1)) < 0.01 * config.optimizer.learning_rate
     assert DEQConfig.from_config(flow_chairs.get_config().deq).step_lists(36) == (6,) * 6
     assert DEQConfig.from_config(flow_things.get_config().deq).eval_budget() == 60
-    with pytest.raises(ValueError, match="medium"):
-        flow_chairs.get_config("medium")
+    for module, variant in ((flow_chairs, "medium"), (flow_sintel, "huge_1step"), (flow_kitti, "huge_3x")):
+        with pytest.raises(ValueError, match=variant):
+            module.get_config(variant)
 
 
 # Pictures ------------------------------------------------------------------------------------------------------------
@@ -181,8 +188,6 @@ class Still:
     """An estimator that says that all moves one pixel to the right."""
 
     def __call__(self, image1, image2, start):
-        from deqjax.models.flow import Estimate, State
-
         flow = np.zeros((1, *image1.shape[:2], 2), np.float32)
         flow[..., 0] = 1
         return Estimate(flow, State(jax.numpy.zeros((1, 3, 4, 2)), jax.numpy.zeros((1, 3, 4, 2))), None)
@@ -211,6 +216,8 @@ def test_videos_go_in_and_come_out_and_too_short_ones_are_refused(tmp_path):
     frames(tmp_path / "other", 1, size=(24, 40))
     with pytest.raises(ValueError, match="one size"):
         draw_frames(f"{tmp_path}/clip/f0.png,{tmp_path}/other/f0.png", tmp_path / "out", Still())
+    with pytest.raises(ValueError, match="same name"):
+        draw_frames(",".join([f"{tmp_path}/clip/f0.png"] * 3), tmp_path / "out", Still())
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match="no video"):
         draw_frames(str(tmp_path / "bad.mp4"), tmp_path / "out", Still())
@@ -228,6 +235,26 @@ def test_the_table_of_warm_starts_counts_steps_to_a_level():
     assert [steps_to(np.array([5.0, 3.0, 1.0]), level) for level in (4.0, 1.0)] == [2, 3]
     text = table({"cold": np.array([[10.0, 2.0, 0.1]]), "warm_start": np.array([[2.0, 0.5, 0.1]])})
     assert "| 2 | 3.0 | 2.0 |" in text
+
+
+def test_scores_of_a_set_are_over_pixels_or_over_pairs(tmp_path):
+    """Of pairs with 1 and 3 valid pixels, which move by 1 and 5 pixels to the right."""
+    pairs = []
+    for k, (n, u) in enumerate(((1, 1), (3, 5))):
+        frames(tmp_path / f"{k}", 2)
+        flow, valid = np.zeros((32, 40, 2), np.float32), np.zeros((32, 40))
+        flow[..., 0] = u
+        valid.flat[:n] = 1
+        write_kitti(tmp_path / f"{k}.png", flow, valid)
+        pairs.append(Pair(tmp_path / f"{k}/f0.png", tmp_path / f"{k}/f1.png", tmp_path / f"{k}.png", str(k)))
+
+    def estimate(*arguments):
+        return Still()(*arguments)._replace(spectral_radius=np.array([0.75]))
+
+    dense, sparse = (evaluate_set(FlowSet("own", pairs, sparse=sparse), estimate) for sparse in (False, True))
+    assert (dense["epe"], sparse["epe"]) == (3, 2) and (dense["zero_flow"], sparse["zero_flow"]) == (4, 3)
+    for found in (dense, sparse):
+        assert (found["1px"], found["5px"], found["f1"], found["spectral_radius"]) == (25, 100, 75, 0.75)
 
 
 # Many devices --------------------------------------------------------------------------------------------------------
