@@ -6,7 +6,7 @@
 Paper: Deep Equilibrium Optical Flow Estimation (arXiv 2204.08442); recipe of the authors' first version: 36 steps of Broyden's
 method, six states with one-step gradients. Not reproduced here yet.
 
-Variants as in configs/flow_chairs.py.
+Variants as in configs/flow_sintel.py.
 """
 
 import ml_collections

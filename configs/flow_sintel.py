@@ -7,7 +7,8 @@ Paper: Deep Equilibrium Optical Flow Estimation (arXiv 2204.08442); recipe of th
 method, six states with three steps of gradient each. Sintel's server gave H 1.519 (clean) and 2.886 (final). Not reproduced
 here yet. In a batch, pairs of Sintel count 100 times (each rendering), of KITTI 200, of HD1K 5, of FlyingThings3D (clean) once.
 
-Variants as in configs/flow_chairs.py. Checkpoints of the first version need `--config.model.old_version=True`.
+Variants: the sizes of configs/flow_chairs.py, each with `+gma`. Checkpoints of the first version need
+`--config.model.old_version=True`.
 """
 
 import ml_collections
@@ -16,6 +17,8 @@ from configs import flow_things
 
 
 def get_config(variant: str = "huge") -> ml_collections.ConfigDict:
+    if "_" in variant:
+        raise ValueError(f"variant {variant!r}: this stage has one recipe, for every size, with +gma or without.")
     config = flow_things.get_config(variant)
     config.data.stage = "sintel"
     config.data.crop = (368, 768)
@@ -28,6 +31,4 @@ def get_config(variant: str = "huge") -> ml_collections.ConfigDict:
     config.deq.gamma = 0.9
 
     config.evaluate = ("kitti",)
-    config.steps = 120_001
-    config.optimizer.max_steps = 120_100
     return config

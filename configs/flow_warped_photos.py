@@ -40,5 +40,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.max_steps = config.steps + 100
     config.log_every = 50
     config.eval_every = 250
-    config.checkpoint_every = 250
     return config

@@ -30,7 +30,7 @@ from deqjax.models.flow.upsampling import SCALE
 from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
 from deqjax.training.errors import UserError
-from experiments.flow_data import EVALUATIONS, STAGES, evaluation_set, training_mix, zero_flow_epe
+from experiments.flow_data import EVALUATIONS, STAGES, evaluation_set, training_mix
 from experiments.flow_evaluation import estimator, evaluate_set, submit
 from experiments.flow_metrics import WITHIN, masked_l1, scores
 from experiments.flow_pictures import draw_convergence, draw_frames, draw_samples
@@ -67,13 +67,23 @@ class FlowTask:
         self.deq.eval_budget()
         self.architecture = FlowConfig(**config.model)
         self.items_per_step = ("pairs", config.data.batch_size)
-        self.fingerprint = [config.data.stage, list(config.data.crop)]
 
     def model(self, rngs: nnx.Rngs) -> DEQFlow:
         return DEQFlow(self.architecture, self.deq, rngs)
 
     def data(self, split: str):
+        """Batches of training pairs, made by threads.
+
+        Raises:
+          DataError: a set to train or to evaluate on is missing, or there are too few pairs.
+        """
         mix = training_mix(self.config.data)
+        for name in self.config.evaluate:
+            try:
+                evaluation_set(name, self.config.data)
+            except DataError as error:
+                # Rather now than at the first evaluation.
+                raise DataError(f"config.evaluate names {name}, but: {error}") from error
         if len(mix) < self.config.data.batch_size:
             raise DataError(f"data.batch_size={self.config.data.batch_size}, but there are {len(mix)} pairs to train on.")
 
@@ -121,8 +131,12 @@ class FlowTask:
             pairs = evaluation_set(name, self.config.data)
             found = evaluate_set(pairs, self._estimator(model, name), **self._video)
             below = ", ".join(f"{k}px {found[f'{k}px']:.2f} %" for k in WITHIN)
-            still = f", EPE of zero flow {zero_flow_epe(pairs):.3f}"
-            print(f"{name}: {len(pairs)} pairs, EPE {found['epe']:.3f}, {below}, F1-all {found['f1']:.2f} %{still}")
+            say(
+                f"{name}: {len(pairs)} pairs, EPE {found['epe']:.3f} (of zero flow {found['zero_flow']:.3f}), {below}, "
+                f"F1-all {found['f1']:.2f} %"
+            )
+            others = ("epe_below_400", "steps", "spectral_radius")
+            say("  " + ", ".join(f"{other} {found[other]:.3f}" for other in others if other in found))
 
     def export(self, model: DEQFlow) -> str:
         """Writes the weights under the originals' names; `.safetensors`, or `.pth` with PyTorch installed."""
@@ -156,10 +170,7 @@ class FlowTask:
     def show(self, model: DEQFlow, workdir) -> None:
         """Samples of the first set that is evaluated, and what more solver steps bring there."""
         name = self.config.evaluate[0]
-        try:
-            pairs = evaluation_set(name, self.config.data)
-        except DataError as error:
-            return say(f"No pictures of {name}: {error}")
+        pairs = evaluation_set(name, self.config.data)
         workdir.mkdir(parents=True, exist_ok=True)
         numbers = range(0, len(pairs), max(len(pairs) // 4, 1))[:4]
         samples = [pairs.read(number) for number in numbers]
@@ -205,13 +216,19 @@ def _check_settings(config) -> None:
     data = config.data
     if data.stage not in STAGES:
         raise ValueError(f"data.stage={data.stage!r}: must be one of {', '.join(STAGES)}.")
+    if not config.evaluate:
+        raise ValueError(f"evaluate is empty: name one set or more of {', '.join(EVALUATIONS)}.")
     for name in config.evaluate:
         if name not in EVALUATIONS:
             raise ValueError(f"evaluate={name!r}{did_you_mean(name, EVALUATIONS)}. Sets: {', '.join(EVALUATIONS)}.")
     if len(data.crop) != 2 or any(n < SCALE or n % SCALE for n in data.crop):
         raise ValueError(f"data.crop={tuple(data.crop)}: height and width must be multiples of {SCALE}.")
-    if data.batch_size < 1 or data.threads < 0:
-        raise ValueError(f"data.batch_size={data.batch_size} must be 1 or more, and data.threads={data.threads} 0 or more.")
+    for key, least in (("batch_size", 1), ("threads", 0), ("ahead", 1)):
+        if data[key] < least:
+            raise ValueError(f"data.{key}={data[key]}: must be {least} or more.")
+    steps = tuple(config.viz.steps)
+    if not steps or steps[0] < 1 or list(steps) != sorted(set(steps)):
+        raise ValueError(f"viz.steps={steps}: must be increasing numbers of solver steps.")
 
 
 def main(argv=None):

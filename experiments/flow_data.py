@@ -106,13 +106,3 @@ def evaluation_set(name: str, data) -> FlowSet:
     if family == "sintel":
         return flow_sets.sintel(data.dir, rendering)
     return flow_sets.kitti(data.dir) if name == "kitti" else flow_sets.hd1k(data.dir)
-
-
-def zero_flow_epe(pairs: FlowSet) -> float:
-    """Mean length of the valid vectors: the EPE of saying that nothing moves."""
-    total = count = 0.0
-    for number in range(len(pairs)):
-        flow, valid = flow_sets.read_flow(pairs.pairs[number].flow)
-        total += float(np.sum(np.linalg.norm(flow, axis=-1) * valid))
-        count += float(np.sum(valid))
-    return total / count

@@ -54,13 +54,23 @@ def carried_on(z, warm_start, fixed_point_reuse):
 
 
 def estimates(
-    pairs: FlowSet, estimate: Estimator, *, warm_start: bool = False, fixed_point_reuse: bool = False
-) -> Iterator[tuple[int, Estimate]]:
-    """Number and estimate of every pair, in order; each sequence begins from nothing."""
+    pairs: FlowSet,
+    read: Callable[[int], tuple],
+    estimate: Estimator,
+    *,
+    warm_start: bool = False,
+    fixed_point_reuse: bool = False,
+) -> Iterator[tuple[tuple, Estimate]]:
+    """What `read` says of every pair, with its estimate, in order; each sequence begins from nothing.
+
+    Args:
+      read: `pairs.frames`, or `pairs.read` where the flow is known.
+    """
     start = None
     for number, pair in enumerate(pairs.pairs):
-        found = estimate(*pairs.frames(number), None if pair.begins else start)
-        yield number, found
+        sample = read(number)
+        found = estimate(*sample[:2], None if pair.begins else start)
+        yield sample, found
         start = carried_on(found.z, warm_start, fixed_point_reuse)
 
 
@@ -71,33 +81,43 @@ def evaluate_set(pairs: FlowSet, estimate: Estimator, **video) -> dict[str, floa
     """EPE in pixels, and in percent the pixels with an error below 1, 3 and 5 and those that count as outliers (F1-all).
 
     They are over all valid pixels of all pairs, occluded ones included; only the EPE of a sparse set is, as KITTI has it, the
-    mean over its pairs. For FlyingThings3D there is also the mean without vectors of 400 pixels and more.
+    mean over its pairs. `zero_flow` is the EPE of saying that nothing moves; for FlyingThings3D there is also the EPE without
+    vectors of 400 pixels and more. Solver steps, and the spectral radius with `sradius_mode`, are means over pairs.
 
     Args:
       video: `warm_start` and `fixed_point_reuse`.
     """
-    sums, steps = np.zeros(len(WITHIN) + 5), 0.0
-    for number, found in estimates(pairs, estimate, **video):
-        sample = pairs.read(number)
-        sums += _sums(np.asarray(found.flow[0], np.float64), sample.flow, sample.valid, pairs.sparse)
-        steps += float(np.mean(np.asarray(found.stats.steps))) if found.stats is not None else 0.0
-    n, epe, of_images, short, *right, wrong = sums
-    result = {"epe": of_images / len(pairs) if pairs.sparse else epe / n}
-    result |= {f"{k}px": 100 * count / n for k, count in zip(WITHIN, right, strict=True)} | {"f1": 100 * wrong / n}
+    rows = []
+    for sample, found in estimates(pairs, pairs.read, estimate, **video):
+        row = _of_pair(np.asarray(found.flow[0], np.float64), sample.flow.astype(np.float64), sample.valid >= 0.5)
+        if found.stats is not None:
+            row["steps"] = float(np.mean(found.stats.steps))
+        if found.spectral_radius is not None:
+            row["spectral_radius"] = float(np.mean(found.spectral_radius))
+        rows.append(row)
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    n = columns["valid"]
+
+    def per_pixel(name):
+        return np.sum(columns[name]) / np.sum(n)
+
+    epe = (lambda name: np.mean(columns[name] / n)) if pairs.sparse else per_pixel
+    result = {"epe": epe("error"), "zero_flow": epe("length")}
+    result |= {name: 100 * per_pixel(name) for name in (*(f"{k}px" for k in WITHIN), "f1")}
     if pairs.name.startswith("things"):
-        result["epe_below_400"] = short / n
-    return result | {"steps": steps / len(pairs)}
+        result["epe_below_400"] = per_pixel("error_below_400")
+    result |= {name: np.mean(columns[name]) for name in ("steps", "spectral_radius") if name in columns}
+    return {name: float(value) for name, value in result.items()}
 
 
-def _sums(flow, truth, valid, sparse):
-    """Valid pixels, their errors, the mean error, errors where the truth is below 400, ones below 1, 3, 5, outliers."""
-    known = valid >= 0.5
-    error = np.linalg.norm(flow - truth, axis=-1)[known]
-    length = np.linalg.norm(truth.astype(np.float64), axis=-1)[known]
+def _of_pair(flow, truth, known) -> dict[str, float]:
+    """How many pixels are valid, and sums over them."""
+    error, length = (np.linalg.norm(vectors, axis=-1)[known] for vectors in (flow - truth, truth))
     # A true vector of length zero is missed by any error above 3.
     wrong = (error > 3) & (error > 0.05 * length)
-    below = [np.sum(error < k) for k in WITHIN]
-    return np.array([error.size, error.sum(), error.mean(), error[length < LONGEST].sum(), *below, wrong.sum()])
+    sums = {"valid": error.size, "error": error.sum(), "length": length.sum(), "f1": wrong.sum()}
+    sums |= {f"{k}px": np.sum(error < k) for k in WITHIN}
+    return sums | {"error_below_400": error[length < LONGEST].sum()}
 
 
 # Submissions ---------------------------------------------------------------------------------------------------------
@@ -129,10 +149,8 @@ def submit(which: str, root, folder, estimate: Callable[[str], Estimator], *, pi
         raise ValueError(f"submit.set={which!r}: must be 'sintel' or 'kitti'.")
     one, written = estimate(which), 0
     for part, pairs in sets.items():
-        for number, found in estimates(pairs, one, **video):
-            path = Path(folder) / part / pairs.pairs[number].name
-            flow = np.asarray(found.flow[0])
-            write_flow(path, flow, "pictures" if pictures else which)
+        for pair, (_, found) in zip(pairs.pairs, estimates(pairs, pairs.frames, one, **video), strict=True):
+            write_flow(Path(folder) / part / pair.name, np.asarray(found.flow[0]), "pictures" if pictures else which)
             written += 1
     return written
 

@@ -1,9 +1,9 @@
 """Pictures and videos of optical flow: its colours, what it leaves unexplained, and how a solve gets there."""
 
+import contextlib
 import itertools
 import pathlib
 from collections.abc import Iterator
-from fractions import Fraction
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from deqjax.data.errors import DataError
 from deqjax.data.flow_colors import flow_to_image
 from deqjax.data.flow_sets import read_frame
 from deqjax.data.images import image_files, pillow
+from deqjax.data.video import VideoWriter, video_frames
 from experiments.flow_evaluation import Estimator, carried_on
 from experiments.pyplot import pyplot
 
@@ -24,38 +25,23 @@ def frames_of(source: str) -> tuple[Iterator[tuple[str, np.ndarray]], float | No
       source: "first.png,second.png" (or more), a folder of pictures in the order of their names, or a video.
 
     Raises:
-      DataError: there is no such file.
+      DataError: there is no such video or folder, or two pictures have the same name.
     """
     path = pathlib.Path(source)
     if path.suffix.lower() in VIDEOS and "," not in source:
-        return _video_frames(path)
+        frames, rate = video_frames(path)
+        return ((f"frame_{k:05d}", frame) for k, frame in enumerate(frames, start=1)), rate
     paths = image_files(path) if path.is_dir() else [pathlib.Path(part.strip()) for part in source.split(",")]
+    if len({p.stem for p in paths[:-1]}) < len(paths) - 1:
+        raise DataError(f"{source}: two frames have the same name, and so would their pictures.")
     return ((p.stem, read_frame(p)) for p in paths), None
-
-
-def _video_frames(path):
-    av = _av()
-    try:
-        container = av.open(str(path))
-        rate = float(container.streams.video[0].average_rate or 25)
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise DataError(f"{path} is no video that can be read ({error}).") from error
-
-    def decode():
-        with container:
-            try:
-                for k, frame in enumerate(container.decode(video=0)):
-                    yield f"frame_{k + 1:05d}", frame.to_ndarray(format="rgb24")
-            except av.error.FFmpegError as error:
-                raise DataError(f"{path} is damaged: {error}.") from error
-
-    return decode(), rate
 
 
 def draw_frames(source: str, folder, estimate: Estimator, *, warm_start=False, fixed_point_reuse=False) -> list[pathlib.Path]:
     """Flow from every frame to the next: colours and warp errors, as pictures, or as one video if the source is one.
 
-    A video shows the frame, the flow and the error side by side. Colours are as full as the longest vector so far.
+    A video shows the frame, the flow and the error side by side. Colours are as full as the longest vector so far; vectors
+    that are not finite are black.
 
     Returns:
       The files written.
@@ -67,7 +53,7 @@ def draw_frames(source: str, folder, estimate: Estimator, *, warm_start=False, f
     folder, start, longest, written = pathlib.Path(folder), None, 0.0, []
     folder.mkdir(parents=True, exist_ok=True)
     writer = None if rate is None else VideoWriter(folder / f"{pathlib.Path(source).stem}_flow.mp4", rate)
-    try:
+    with writer or contextlib.nullcontext():
         for (name, image1), (other, image2) in itertools.pairwise(frames):
             if image1.shape != image2.shape:
                 sizes = " and ".join(f"{n} is {x.shape[1]} x {x.shape[0]}" for n, x in ((name, image1), (other, image2)))
@@ -75,7 +61,8 @@ def draw_frames(source: str, folder, estimate: Estimator, *, warm_start=False, f
             found = estimate(image1, image2, start)
             start = carried_on(found.z, warm_start, fixed_point_reuse)
             flow = np.asarray(found.flow[0])
-            longest = max(longest, float(np.max(np.linalg.norm(flow, axis=-1))))
+            lengths = np.linalg.norm(flow, axis=-1)
+            longest = max(longest, float(np.max(lengths, where=np.isfinite(lengths), initial=0)))
             colors, error = flow_to_image(flow, longest=longest), warp_error(image1, image2, flow)
             if writer is not None:
                 writer.add(np.concatenate([image1, colors, error], axis=1))
@@ -84,9 +71,6 @@ def draw_frames(source: str, folder, estimate: Estimator, *, warm_start=False, f
             for kind, picture in (("flow", colors), ("warp_error", error)):
                 written.append(folder / f"{name}_{kind}.png")
                 pillow().fromarray(picture).save(written[-1])
-    finally:
-        if writer is not None:
-            writer.close()
     if not written:
         raise DataError(f"{source} holds fewer than two frames: flow goes from one frame to the next.")
     return written
@@ -107,37 +91,6 @@ def warp_error(image1: np.ndarray, image2: np.ndarray, flow: np.ndarray) -> np.n
     lower = (1 - part_x) * image[bottom, left] + part_x * image[bottom, right]
     error = np.mean(np.abs((1 - part_y) * upper + part_y * lower - image1), axis=-1) * inside
     return np.repeat(np.rint(error).astype(np.uint8)[..., None], 3, axis=-1)
-
-
-class VideoWriter:
-    """Frames of 8 bits as an MP4 file."""
-
-    def __init__(self, path: pathlib.Path, rate: float):
-        self.path, self._rate, self._container, self._stream = path, rate, None, None
-
-    def add(self, frame: np.ndarray) -> None:
-        av = _av()
-        # The codec wants even sizes.
-        frame = np.ascontiguousarray(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
-        if self._container is None:
-            self._container = av.open(str(self.path), "w")
-            self._stream = self._container.add_stream("mpeg4", rate=Fraction(self._rate).limit_denominator(1000))
-            self._stream.height, self._stream.width = frame.shape[:2]
-            self._stream.pix_fmt, self._stream.bit_rate = "yuv420p", 8_000_000
-        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-
-    def close(self) -> None:
-        if self._container is not None:
-            self._container.mux(self._stream.encode(None))
-            self._container.close()
-
-
-def _av():
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('videos need PyAV: pip install "deqjax[media]"') from error
-    return av
 
 
 # Figures -------------------------------------------------------------------------------------------------------------

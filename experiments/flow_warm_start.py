@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 
 from deqjax.data.errors import DataError
-from deqjax.data.images import read_image
-from deqjax.data.warped_photos import TRAINING, cubic, photographs
+from deqjax.data.photographs import photograph
+from deqjax.data.warped_photos import TRAINING, cubic
 from deqjax.models.flow import pad, padding_of
 from experiments.deq_flow import FlowTask
 from experiments.flow_evaluation import carried_on
@@ -84,7 +84,7 @@ def steps_to(trace: np.ndarray, level: float) -> int:
 
 def glide(n_frames: int = 10, size: tuple[int, int] = (112, 144), motion: float = 5.0) -> list[np.ndarray]:
     """A window that moves over a photograph by `motion` pixels a frame, turning by half a degree."""
-    photo = read_image(photographs()[TRAINING[0]]).astype(np.float64)
+    photo = photograph(TRAINING[0]).astype(np.float64)
     (H, W), (h, w) = photo.shape[:2], size
     y, x = np.meshgrid(np.arange(h) - h / 2, np.arange(w) - w / 2, indexing="ij")
     frames = []

@@ -14,6 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from deqjax.data.errors import DataError
+from deqjax.data.video import pyav
 
 FLO_MAGIC = b"PIEH"  # 202021.25 as little-endian float32
 # A vector with a larger component is unknown: so it is written in `.flo`.
@@ -137,7 +138,7 @@ def read_png16(path: str | os.PathLike) -> np.ndarray:
     _check_size(path, H, W)
     if depth != 16 or colour not in (0, 2):
         raise DataError(f"{path} has {depth} bits and colour type {colour}: it must be grey or RGB, of 16 bits a channel.")
-    av = _av()
+    av = pyav()
     try:
         with av.open(io.BytesIO(data), format="png_pipe") as container:
             frame = next(container.decode(video=0))
@@ -152,20 +153,12 @@ def read_png16(path: str | os.PathLike) -> np.ndarray:
 
 def write_png16(path: str | os.PathLike, array: np.ndarray) -> None:
     """Writes 16-bit unsigned integers `[H, W, 3]`."""
-    av = _av()
+    av = pyav()
     encoder = av.CodecContext.create("png", "w")
     encoder.height, encoder.width = array.shape[:2]
     encoder.pix_fmt, encoder.time_base = "rgb48be", Fraction(1, 1)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array, np.uint16), format="rgb48le").reformat(format="rgb48be")
     _write(path, b"".join(bytes(packet) for part in (frame, None) for packet in encoder.encode(part)))
-
-
-def _av():
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('PNG files of 16 bits need PyAV: pip install "deqjax[media]"') from error
-    return av
 
 
 # What they share -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ FlyingChairs (Dosovitskiy et al. 2015), FlyingThings3D (Mayer et al. 2016), MPI 
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ class Pair(NamedTuple):
     image2: pathlib.Path
     flow: pathlib.Path | None
     name: str  # under which a result is submitted
-    begins: bool = True  # whether the frame before the first belongs to no pair of the same sequence
+    begins: bool = True  # whether it does not go on from where the pair before it in the list ended
 
 
 class Sample(NamedTuple):
@@ -156,14 +157,17 @@ def flying_things(root: str | os.PathLike, rendering: str, split: str = "train")
     pairs = []
     for direction in ("into_future", "into_past"):
         for scene in sorted(path for path in folder.glob("*/*") if path.is_dir()):
-            flows = sorted((scene / direction / "left").glob("*.pfm"))
+            flows = _sequence(scene / direction / "left", "*.pfm")
             place = base / f"frames_{rendering}pass" / part / scene.relative_to(folder) / "left"
-            images = sorted(place.glob("*.png"))
-            if len(images) < len(flows):
+            images = _sequence(place, "*.png")
+            if len(flows) < 2 or not flows.keys() <= images.keys():
                 raise DataError(f"{place} has {len(images)} frames for {len(flows)} fields of flow in {scene / direction}.")
-            for k in range(len(flows) - 1):
-                first, second, flow = (k, k + 1, k) if direction == "into_future" else (k + 1, k, k + 1)
-                pairs.append(Pair(images[first], images[second], flows[flow], str(flows[flow].relative_to(folder)), k == 0))
+            for k in list(flows)[:-1]:
+                first, second = (k, k + 1) if direction == "into_future" else (k + 1, k)
+                # Pairs into the past are listed forwards, so none goes on from the one before.
+                begins = direction == "into_past" or k == min(flows)
+                name = str(flows[first].relative_to(folder))
+                pairs.append(Pair(images[first], images[second], flows[first], name, begins))
     return FlowSet(f"things_{rendering}", _some(pairs, folder))
 
 
@@ -177,15 +181,15 @@ def sintel(root: str | os.PathLike, rendering: str, split: str = "training") -> 
     base = pathlib.Path(root) / "Sintel" / split
     folder, pairs = _folder(base / rendering, "MPI Sintel", "sintel.is.tue.mpg.de"), []
     for scene in sorted(path for path in folder.iterdir() if path.is_dir()):
-        images = sorted(scene.glob("*.png"))
-        flows: list[pathlib.Path | None] = [None] * max(len(images) - 1, 0)
-        if split == "training":
-            flows = list(sorted((base / "flow" / scene.name).glob("*.flo")))
-        if len(flows) != len(images) - 1:
-            raise DataError(f"{scene} has {len(images)} frames, and {base / 'flow' / scene.name} {len(flows)} fields of flow.")
-        pairs += [
-            Pair(images[k], images[k + 1], flow, f"{scene.name}/frame{k + 1:04d}", k == 0) for k, flow in enumerate(flows)
-        ]
+        images = _sequence(scene, "*.png")
+        place, numbers = base / "flow" / scene.name, list(images)[:-1]
+        flows = _sequence(place, "*.flo") if split == "training" else dict.fromkeys(numbers)
+        if list(flows) != numbers:
+            raise DataError(
+                f"{scene} has {len(images)} frames, and {place} {len(flows)} fields of flow: one belongs to each but the last."
+            )
+        for n, k in enumerate(numbers):
+            pairs.append(Pair(images[k], images[k + 1], flows[k], f"{scene.name}/frame{n + 1:04d}", n == 0))
     return FlowSet(f"sintel_{rendering}", _some(pairs, folder))
 
 
@@ -220,6 +224,15 @@ def hd1k(root: str | os.PathLike) -> FlowSet:
         images = [_there(base / "hd1k_input" / "image_2" / flow.name) for flow in flows]
         pairs += [Pair(images[k], images[k + 1], flows[k], flows[k].stem, k == 0) for k in range(len(flows) - 1)]
     return FlowSet("hd1k", _some(pairs, folder), sparse=True)
+
+
+def _sequence(folder: pathlib.Path, pattern: str) -> dict[int, pathlib.Path]:
+    """The files of a video by the last number in their names, in order, without a gap."""
+    numbers = ((re.search(r"(\d+)\D*$", path.stem), path) for path in folder.glob(pattern))
+    files = dict(sorted((int(found[1]), path) for found, path in numbers if found))
+    if gaps := set(range(min(files, default=0), max(files, default=0))) - files.keys():
+        raise DataError(f"{folder} lacks number {min(gaps)} of its {pattern}.")
+    return files
 
 
 def _folder(path: pathlib.Path, name: str, source: str) -> pathlib.Path:

@@ -7,7 +7,7 @@ from deqjax.data.errors import DataError
 # Those in scikit-image's wheel itself. Camera and coffee are CC0, astronaut and rocket public domain (NASA).
 SKIMAGE = (
     *("camera", "astronaut", "coffee", "chelsea", "rocket", "hubble_deep_field", "retina", "immunohistochemistry"),
-    *("brick", "grass", "gravel", "coins", "clock", "moon", "page", "text", "cell"),
+    *("brick", "grass", "gravel", "coins", "clock", "moon", "page", "text", "cell", "motorcycle"),
 )
 SKLEARN = ("china", "flower")
 NAMES = (*SKIMAGE, *SKLEARN)
@@ -24,6 +24,8 @@ def photograph(name: str) -> np.ndarray:
         raise DataError(f"there is no picture called {name!r}. There are: {', '.join(NAMES)}.")
     if name in SKLEARN:
         image = _import("sklearn.datasets").load_sample_image(f"{name}.jpg")
+    elif name == "motorcycle":
+        image, *_ = _import("skimage.data").stereo_motorcycle()  # the left one
     else:
         image = getattr(_import("skimage.data"), name)()
     return image[..., None] if image.ndim == 2 else image

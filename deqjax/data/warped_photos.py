@@ -18,13 +18,14 @@ import numpy as np
 from deqjax.data.errors import DataError
 from deqjax.data.flow_files import UNKNOWN_FLOW, write_flo
 from deqjax.data.flow_sets import CHAIRS_SPLIT
-from deqjax.data.images import pillow, read_image
+from deqjax.data.images import pillow
+from deqjax.data.photographs import photograph
 
 TRAINING = (
-    *("astronaut.png", "brick.png", "chelsea.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png"),
-    *("motorcycle_left.png", "rocket.jpg", "flower.jpg"),
+    *("astronaut", "brick", "chelsea", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "motorcycle", "rocket"),
+    "flower",
 )
-VALIDATION = ("coffee.png", "china.jpg")
+VALIDATION = ("coffee", "china")
 
 
 def warped_photos(
@@ -57,13 +58,14 @@ def warped_photos(
     split = folder / CHAIRS_SPLIT[0]
     if split.is_file():
         return folder
-    data, files = folder / "FlyingChairs_release" / "data", photographs()
+    data = folder / "FlyingChairs_release" / "data"
     data.mkdir(parents=True, exist_ok=True)
     margin = int(np.ceil(2 * motion)) + 2
     for number in range(n_train + n_valid):
         random = np.random.default_rng((seed, number))
         names = TRAINING if number < n_train else VALIDATION
-        photo = read_image(files[names[random.integers(len(names))]])
+        photo = photograph(names[random.integers(len(names))])
+        photo = np.repeat(photo, 3 // photo.shape[-1], axis=-1)
         if random.random() < 0.5 and min(photo.shape[0] // 2 - H, photo.shape[1] // 2 - W) > 2 * margin:
             photo = np.asarray(pillow().fromarray(photo).reduce(2))
         free = [n - m - 2 * margin for n, m in zip(photo.shape, size, strict=False)]
@@ -123,18 +125,3 @@ def _cubic_weights(t):
         (t + 4 * t**2 - 3 * t**3) / 2,
         (t**3 - t**2) / 2,
     )
-
-
-def photographs() -> dict[str, pathlib.Path]:
-    """Where the photographs are, by name."""
-    found = {}
-    try:
-        import skimage
-        import sklearn
-    except ImportError as error:
-        raise ImportError('warped photographs need scikit-image and scikit-learn: pip install "deqjax[vision]"') from error
-    for package, folder in ((skimage, "data"), (sklearn, "datasets/images")):
-        found |= {path.name: path for path in (pathlib.Path(package.__file__).parent / folder).iterdir()}
-    if missing := [name for name in TRAINING + VALIDATION if name not in found]:
-        raise DataError(f"scikit-image and scikit-learn as they are installed lack the photographs {', '.join(missing)}.")
-    return found

@@ -166,7 +166,7 @@ def _check_data(checkpoints: Checkpoints, step: int, now: dict) -> None:
     saved = checkpoints.meta(step)
     # As JSON gives it back.
     fingerprint = json.loads(json.dumps(now["fingerprint"]))
-    if saved["task"] == now["task"] and saved["fingerprint"] != fingerprint:
+    if saved["task"] == now["task"] and fingerprint is not None and saved["fingerprint"] != fingerprint:
         raise UserError(
             f"The checkpoint {checkpoints.directory / str(step)} was made with other data (its fingerprint differs). Choose "
             "another --workdir, or the data it was made with."

@@ -144,6 +144,11 @@ def test_sintel_and_kitti_are_listed_by_scene_and_their_missing_files_named(tmp_
     path.unlink()
     with pytest.raises(DataError, match=r"2 frames.*0 fields"):
         sintel(tmp_path, "final")
+    write_flo(path, FLOW)
+    # Without its frame a field would be taken for the next one's.
+    (tmp_path / "Sintel/training/clean/b/frame_0002.png").unlink()
+    with pytest.raises(DataError, match=r"b lacks number 2 of its \*.png"):
+        sintel(tmp_path, "clean")
     with pytest.raises(DataError, match="flow_warped_photos"):
         sintel(tmp_path, "clean", "test")
 
@@ -164,18 +169,22 @@ def test_things_are_listed_in_both_directions_of_time(tmp_path):
     for k in range(3):
         frame(base / f"frames_cleanpass/TRAIN/A/0000/left/{k:04d}.png")
         for direction in ("into_future", "into_past"):
-            path = base / f"optical_flow/TRAIN/A/0000/{direction}/left/{k:04d}.pfm"
+            name = f"OpticalFlowInto{direction[5:].title()}_{k:04d}_L.pfm"
+            path = base / f"optical_flow/TRAIN/A/0000/{direction}/left" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_pfm(path, FLOW + k)
     pairs = flying_things(tmp_path, "clean")
-    found = [(p.image1.stem, p.image2.stem, p.flow.stem, p.flow.parts[-3]) for p in pairs.pairs]
+    found = [(p.image1.stem, p.image2.stem, p.flow.stem, p.begins) for p in pairs.pairs]
     assert found == [
-        ("0000", "0001", "0000", "into_future"),
-        ("0001", "0002", "0001", "into_future"),
-        ("0001", "0000", "0001", "into_past"),
-        ("0002", "0001", "0002", "into_past"),
+        ("0000", "0001", "OpticalFlowIntoFuture_0000_L", True),
+        ("0001", "0002", "OpticalFlowIntoFuture_0001_L", False),
+        ("0001", "0000", "OpticalFlowIntoPast_0001_L", True),
+        ("0002", "0001", "OpticalFlowIntoPast_0002_L", True),
     ]
     np.testing.assert_allclose(pairs.read(3).flow, FLOW + 2, rtol=1e-6)
+    path.with_name("OpticalFlowIntoPast_0001_L.pfm").unlink()
+    with pytest.raises(DataError, match="into_past/left lacks number 1"):
+        flying_things(tmp_path, "clean")
 
 
 def test_hd1k_is_listed_by_sequence(tmp_path):

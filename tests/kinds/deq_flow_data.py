@@ -3,7 +3,6 @@
 import itertools
 import pathlib
 import tempfile
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ from deqjax.data.flow_augment import FlowAugmentor, Jitter, jittered, resized_sp
 from deqjax.data.flow_colors import color_wheel, flow_to_image, vectors_to_colors
 from deqjax.data.flow_sets import Sample, kitti, read_frame, sintel
 from deqjax.data.images import pillow
-from deqjax.models.flow import State, forward_interpolate, pad, padding_of, unpad
+from deqjax.models.flow import Estimate, State, forward_interpolate, pad, padding_of, unpad
 from experiments.flow_evaluation import evaluate_set, submit
 from tests.golden import Case, close
 
@@ -230,7 +229,7 @@ def stand_in(image1, image2, start, mode, k, reuse=False):
         up = up + (0.125 * nearest + jnp.mean(start.h) if reuse else 0.25 * nearest)
     B, H, W, _ = up.shape
     low = jnp.mean(up.reshape(B, H // 8, 8, W // 8, 8, 2), axis=(2, 4)) / 8
-    return types.SimpleNamespace(flow=unpad(up, padding), z=State(0.1 * low[..., :1], low), stats=None)
+    return Estimate(unpad(up, padding), State(0.1 * low[..., :1], low), None)
 
 
 def in_a_folder(check):

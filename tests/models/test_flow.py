@@ -1,5 +1,6 @@
 """Properties of the flow networks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -252,8 +253,10 @@ def test_a_size_is_recognised_by_its_shapes():
         assert describe(arrays) == {"size": size, "gma": False, "old_version": False}
 
 
-def test_a_coarser_dtype_leaves_the_state_in_float32():
-    graph, state = nnx.split(abstract(size="tiny", dtype="bfloat16"))
+def test_a_coarser_dtype_leaves_the_state_in_float32_and_each_pair_has_its_spectral_radius():
+    deq = dataclasses.replace(PLAIN, sradius_mode=True)
+    graph, state = nnx.split(abstract(deq, size="tiny", dtype="bfloat16"))
     image = jax.ShapeDtypeStruct((1, 16, 24, 3), jnp.float32)
     out = jax.eval_shape(lambda state, a, b: nnx.merge(graph, state)(a, b), state, image, image)
     assert out.flow.dtype == out.z.h.dtype == out.z.flow.dtype == jnp.float32
+    assert out.spectral_radius.shape == (1,)

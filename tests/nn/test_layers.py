@@ -33,6 +33,7 @@ def inputs(kind):
     [
         {},
         {"strides": 2, "padding": 1},
+        {"strides": 2, "dilation": (1, 2)},
         {"strides": (2, 1), "padding": "VALID"},
         {"padding": ((2, 1), (0, 1)), "dilation": 2},
         {"groups": 2, "padding": 1},

@@ -38,6 +38,7 @@ class Estimate(NamedTuple):
     flow: jax.Array  # [B, H, W, 2], (x, y) in pixels, from the first frame to the second
     z: State  # of the padded frames, to go on from with the next pair of a video
     stats: SolverStats
+    spectral_radius: jax.Array | None = None  # [B], with `sradius_mode`
 
 
 class DEQFlow(nnx.Module):
@@ -93,7 +94,7 @@ class DEQFlow(nnx.Module):
         image1, image2 = (pad(image.astype(jnp.result_type(image, jnp.float32)), padding) for image in (image1, image2))
         out = self.solve(self.encode(image1, image2), start=start, solver_options=solver_options)
         z = out.states[-1]
-        return Estimate(unpad(self.decode(z), padding), z, out.stats)
+        return Estimate(unpad(self.decode(z), padding), z, out.stats, out.spectral_radius)
 
     # Encode ----------------------------------------------------------------------------------------------------------
 
