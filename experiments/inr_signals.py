@@ -41,8 +41,11 @@ class SignalTask(RepresentationTask):
             raise ValueError(f"data.channels={data.channels}: must be 1 (grey), 3 (colour) or 0 (as the picture is).")
         if data.generalize and data.kind != "image":
             raise ValueError("data.generalize holds out pixels of pictures; data.kind must be 'image'.")
-        if config.warm_start and (self.deq.core == "indexing" or self.deq.indexing):
-            raise ValueError("a step that begins warm has no solve to sample: deq.core='indexing' needs warm_start=False.")
+        if config.warm_start and config.model.network == "deq":
+            if self.deq.core == "indexing" or self.deq.indexing:
+                raise ValueError("a step that begins warm has no solve to sample: deq.core='indexing' needs warm_start=False.")
+            if self.deq.f_max_iter == 0:
+                raise ValueError("deq.f_max_iter=0: the first visit to a coordinate needs a solve, or set warm_start=False.")
         self._given = signal
         self._evaluate_chunk = jax.jit(self._chunk_metrics, static_argnums=(0, 1))
 
