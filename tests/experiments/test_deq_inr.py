@@ -334,6 +334,7 @@ SDF = ["--config.data.kind=sdf", "--config.data.name=torus"]
         (["--config.data.path=absent.png"], "no such file"),
         (["--config.deq.f_max_iter=-1"], "f_max_iter"),
         (["--config.deq.core=indexing"], "warm_start=False"),
+        (["--config.deq.f_max_iter=0", "--config.deq.eval_f_max_iter=9"], "first visit"),
         (["--config.data.memory_gib=0.001", "--config.data.step=1"], "warm_start=False"),
         (SDF, "warm_start"),
         ([*SDF, "--config.warm_start=false", "--config.data.batch_size=8"], "hook_ift"),
