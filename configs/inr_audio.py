@@ -34,5 +34,5 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             inr_camera.original(config, spectral=False)
         config.model.input_scale = 25000.0
         config.steps = 3000
-        config.eval_every = config.checkpoint_every = 500
+        config.eval_every = 500
     return config

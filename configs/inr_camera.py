@@ -130,15 +130,8 @@ def base() -> ml_collections.ConfigDict:
 
     config.log_every = 50
     config.eval_every = 100
-    config.checkpoint_every = 100
-    config.keep = 1
     config.best_metric = "psnr"
     config.best_mode = "max"
-    config.max_bad_steps = 20
-    config.resume = ""
-    config.init_from = ""
-    config.tensorboard = False
-    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "model": 1})
 
     config.export_path = "signal.inr"  # what export writes and render reads; .safetensors or .pth: a state dict instead
     config.export_dtype = "float16"  # of large kernels: float32, float16 or int8
@@ -170,6 +163,8 @@ def preset(config: ml_collections.ConfigDict, name: str, file: str) -> None:
 def original(config: ml_collections.ConfigDict, spectral: bool = True) -> None:
     """The settings of the authors' first code."""
     config.model.recipe = "original"
+    config.deq.f_max_iter = 100
+    config.deq.f_tol = 1e-3
     config.deq.f_stop_mode = "rel"
     # The first two terms of the Neumann series: I + J^T.
     config.deq.hook_ift = True

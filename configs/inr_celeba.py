@@ -21,5 +21,5 @@ def get_config(variant: str = "DEQ-siren_like-1L128D") -> ml_collections.ConfigD
     config.model.input_scale = 64.0
     config.optimizer.learning_rate = 3e-3
     config.steps = 3000
-    config.eval_every = config.checkpoint_every = 500
+    config.eval_every = 500
     return config

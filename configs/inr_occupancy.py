@@ -35,10 +35,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         inr_camera.preset(config, variant, "configs/inr_occupancy.py")
         config.warm_start = False
         inr_camera.original(config, spectral=config.model.network == "deq")
-        config.deq.f_max_iter = 100
         config.deq.eval_f_tol = 1e-4
         config.model.input_scale = 256.0
         config.optimizer.learning_rate = 5e-4
         config.steps = 10_000
-        config.eval_every = config.checkpoint_every = 1000
+        config.eval_every = 1000
     return config

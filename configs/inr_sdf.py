@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.deq.hook_ift = True
     config.optimizer.learning_rate = 5e-3
     config.steps = 1000
-    config.eval_every = config.checkpoint_every = 250
+    config.eval_every = 250
     config.best_metric = "normal_angle"
     config.best_mode = "min"
     config.render.output = "render.ply"
@@ -49,7 +49,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.model.gabor_alpha = 6.0
         config.model.n_hidden = 256
         config.model.input_scale = 256.0
+        config.deq.f_tol = 1e-3
         config.optimizer.learning_rate = 1e-4
         config.steps = 10_000
-        config.eval_every = config.checkpoint_every = 1000
+        config.eval_every = 1000
     return config

@@ -24,7 +24,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.step = 8
     config.model.input_scale = 20.0
     config.optimizer.learning_rate = 2e-3
-    config.steps = 300
     config.render.output = "render.mp4"
     if variant:
         config.data.name = "cat"
@@ -33,18 +32,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.data.batch_size = 65_536
         config.warm_start = False
         inr_camera.preset(config, variant, "configs/inr_video.py")
-        config.deq.f_max_iter = 20
-        config.deq.f_tol = 1e-6
-        config.deq.f_stop_mode = "rel"
-        config.deq.n_states = 2
         config.optimizer.clip_value = 0.1
         wide = config.model.n_hidden == 1024 and config.model.n_layers == 1
         config.model.input_scale = 128.0 if wide or config.model.filter == "siren_like" else 256.0
         if variant.startswith("original/"):
             inr_camera.original(config, spectral=False)
-            config.deq.f_max_iter = 100
-            config.deq.f_tol = 1e-3
-            config.deq.n_states = 1
+        else:
+            config.deq.f_max_iter = 20
+            config.deq.f_tol = 1e-6
+            config.deq.f_stop_mode = "rel"
+            config.deq.n_states = 2
         config.steps = 10_000
-        config.eval_every = config.checkpoint_every = 1000
+        config.eval_every = 1000
     return config

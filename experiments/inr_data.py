@@ -62,8 +62,14 @@ class Signal:
 
 
 def read(data) -> Signal:
-    """The signal that a config names."""
+    """The signal that a config names.
+
+    Raises:
+      DataError: it is missing, damaged or empty.
+    """
     raw, rate = {"image": _image, "audio": _audio, "video": _video}[data.kind](data)
+    if not raw.size:
+        raise DataError(f"{data.path or data.name}: data.seconds={data.seconds} leaves no samples.")
     everything = np.arange(size(raw.shape[1:-1]))
     train = test = everything
     if data.generalize:
@@ -76,7 +82,7 @@ def read(data) -> Signal:
 
 def _image(data):
     if data.path:
-        pictures = read_image(data.path, data.channels or 3)[None]
+        pictures = read_image(data.path, data.channels or None, upright=True)[None]
     elif data.name == "faces":
         pictures = faces(data.count)
     elif data.name in SETS:

@@ -1,11 +1,13 @@
 """Solids as networks: whether a point is inside, or how far from the surface it is."""
 
 import functools
+import hashlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from deqjax.data.meshes import Mesh, level_set, write_mesh
@@ -60,7 +62,11 @@ class ShapeTask(RepresentationTask):
 
     @property
     def fingerprint(self) -> str:
-        return self.config.data.path or self.config.data.name
+        """Of the shape: a run goes on with the one that it began with."""
+        if self.exact:
+            return self.config.data.name
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def architecture(self) -> INRConfig:
@@ -104,10 +110,10 @@ class ShapeTask(RepresentationTask):
 
     def show(self, model: Fit, workdir: Path) -> None:
         """Slices through the function, its surface as a mesh, and the metric against steps, to `workdir`."""
-        if jax.process_index() != 0:
-            return
         data, mesh = self.config.data, make_mesh(self.config.get("mesh"))
         values = values_on_grid(model.signals.net, (data.grid,) * 3, "ij", mesh, data.memory_gib, self.span)[..., 0]
+        if jax.process_index() != 0:  # which had its part in the values
+            return
         inr_pictures.draw_slices(workdir / "slices.png", values)
         found = level_set(values)
         if found is not None:
@@ -147,10 +153,10 @@ class OccupancyTask(ShapeTask):
 
     def loss(self, model: Fit, batch, key, step):
         """Mean binary cross entropy."""
-        out = model.signals.net(batch["x"], train=True, **options(self, step))
-        losses = [jnp.mean(cross_entropy(values[:, 0], batch["inside"])) for values in out.values]
-        count = jnp.asarray(batch["inside"].shape[0], losses[-1].dtype)
-        return losses[-1], {"loss": (losses[-1] * count, count), **measured(out)}
+        x, inside = batch["x"], batch["inside"]
+        values, _, sums, jacobian = self.from_zero(model.signals.net, x, key, self.deq.training_options(step))
+        criterion = lambda values: jnp.mean(optax.sigmoid_binary_cross_entropy(values[:, 0], inside))  # noqa: E731
+        return self.supervised(criterion, values, sums, jacobian, jnp.asarray(len(x), values[-1].dtype))
 
     def _chunk_metrics(self, graph, state, batch):
         new, inside = batch["new"], batch["inside"]
@@ -158,8 +164,9 @@ class OccupancyTask(ShapeTask):
         logits = out.values[-1][:, 0]
         said, count = (logits > 0).astype(new.dtype), jnp.sum(new)
         over = lambda x: (jnp.sum(x * new), count)  # noqa: E731
-        metrics = {"loss": over(cross_entropy(logits, inside)), "hit": over(said * inside), "said": over(said)}
-        return metrics | {"true": over(inside), "same": over(said == inside)} | measured(out)
+        losses = optax.sigmoid_binary_cross_entropy(logits, inside)
+        metrics = {"loss": over(losses), "hit": over(said * inside), "said": over(said), "true": over(inside)}
+        return metrics | {"same": over(said == inside)} | measured(out)
 
     def summary(self, means: dict) -> dict[str, float]:
         """Accuracy, precision, recall and intersection over union."""
@@ -180,6 +187,11 @@ class SDFTask(ShapeTask):
             raise ValueError(
                 "the loss of signed distances differentiates slopes of the equilibrium, which only the implicit gradient gives "
                 "exactly: set deq.hook_ift=True."
+            )
+        if config.model.network == "deq" and (self.deq.n_supervised > 1 or self.deq.jac_loss_weight):
+            raise ValueError(
+                "the loss of signed distances is of one state, without a Jacobian term: set deq.n_states=1, deq.sup_gap=-1 and "
+                "deq.jac_loss_weight=0."
             )
 
     @functools.cached_property
@@ -211,7 +223,8 @@ class SDFTask(ShapeTask):
 
     def loss(self, model: Fit, batch, key, step):
         """The four terms of `sdf_loss`."""
-        terms, _, _, out = sdf_loss(model.signals.net, batch["x"], batch["normals"], batch["on"], **options(self, step))
+        options = self.deq.training_options(step)
+        terms, _, _, out = sdf_loss(model.signals.net, batch["x"], batch["normals"], batch["on"], options)
         total = sum(terms.values())
         count = jnp.asarray(batch["x"].shape[0], total.dtype)
         metrics = {f"loss/{name}": (value * count, count) for name, value in terms.items()}
@@ -280,15 +293,6 @@ def safe_norm(x):
     """Lengths along the last axis, with a gradient of zero where they are zero."""
     squares = jnp.sum(jnp.square(x), axis=-1)
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
-
-
-def cross_entropy(logits, labels):
-    return jax.nn.relu(logits) - logits * labels + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-
-
-def options(task: ShapeTask, step) -> dict:
-    """Keyword arguments of a training pass: only an equilibrium has a solver."""
-    return {"solver_options": task.deq.training_options(step)} if task.config.model.network == "deq" else {}
 
 
 def measured(out: Output) -> dict:

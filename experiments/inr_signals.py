@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 from pathlib import Path
 
 import jax
@@ -9,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deqjax.core.correction import fixed_point_correction
 from deqjax.data.coordinates import coordinates, size
 from deqjax.data.images import write_image
 from deqjax.interop.inr_file import read_signals
-from deqjax.models.inr import INRConfig, WarmStart, has_equilibrium, training_bytes
+from deqjax.models.inr import INRConfig, WarmStart, training_bytes
 from deqjax.training.console import say
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
 from experiments import inr_pictures
 from experiments.inr_data import KINDS, Signal, read
 from experiments.inr_pictures import displayed
-from experiments.inr_task import Fit, RepresentationTask, chunks, jacobian_term, psnr, values_on_grid, vitals
+from experiments.inr_task import Fit, RepresentationTask, chunks, psnr, values_on_grid
 
 
 class SignalTask(RepresentationTask):
@@ -34,11 +34,18 @@ class SignalTask(RepresentationTask):
         data = config.data
         if signal is None and not data.path and data.name not in KINDS[data.kind]:
             raise ValueError(f"data.name={data.name!r}: {data.kind} may be {', '.join(KINDS[data.kind])}, or give data.path.")
-        for name in ("step", "count"):
-            if data[name] < 1:
-                raise ValueError(f"data.{name}={data[name]}: must be 1 or more.")
+        for name, least in (("step", 1), ("count", 1), ("rate", 1), ("seconds", 0), ("frames", 0)):
+            if not data[name] >= least:
+                raise ValueError(f"data.{name}={data[name]}: must be {least} or more.")
+        if data.channels not in (0, 1, 3):
+            raise ValueError(f"data.channels={data.channels}: must be 1 (grey), 3 (colour) or 0 (as the picture is).")
         if data.generalize and data.kind != "image":
             raise ValueError("data.generalize holds out pixels of pictures; data.kind must be 'image'.")
+        if config.warm_start and config.model.network == "deq":
+            if self.deq.core == "indexing" or self.deq.indexing:
+                raise ValueError("a step that begins warm has no solve to sample: deq.core='indexing' needs warm_start=False.")
+            if self.deq.f_max_iter == 0:
+                raise ValueError("deq.f_max_iter=0: the first visit to a coordinate needs a solve, or set warm_start=False.")
         self._given = signal
         self._evaluate_chunk = jax.jit(self._chunk_metrics, static_argnums=(0, 1))
 
@@ -75,20 +82,22 @@ class SignalTask(RepresentationTask):
         """Rows in a batch and number of batches in an epoch.
 
         A full batch that would not fit into memory is computed in slices (config.accumulate), which changes nothing else.
+        Batches are filled up to a multiple of 8, or of a power of two that is up to a 128th of them: where the devices times
+        the slices divide that, the rows are as many as on one device, and the states of a run fit where it goes on.
         """
-        config, n = self.config, len(self.signal.train)
+        config, n, devices = self.config, len(self.signal.train), batch_devices(make_mesh(self.config.get("mesh")))
         rows = min(config.data.batch_size or n, n)
-        memory = config.data.memory_gib * 2**30 * batch_devices(make_mesh(config.get("mesh")))
+        memory = config.data.memory_gib * 2**30 * devices
         needed = rows * self.count * training_bytes(self.architecture, self.deq)
         if config.accumulate == 1 and needed > memory:
-            config.accumulate = -(-needed // int(memory))
+            config.accumulate = 2 ** math.ceil(math.log2(needed / memory))
             say(
                 f"{rows:,} coordinates would take about {needed / 2**30:.1f} GiB at once: the gradient is added up over "
                 f"{config.accumulate} slices (config.data.memory_gib={config.data.memory_gib})."
             )
-        unit = config.accumulate * batch_devices(make_mesh(config.get("mesh")))
-        blocks = -(-n // rows)
-        return -(-rows // unit) * unit, blocks
+        unit = math.lcm(max(8, 2 ** int(math.log2(max(rows / 128, 1)))), config.accumulate * devices)
+        rows = -(-rows // unit) * unit
+        return rows, -(-n // rows)
 
     def data(self, split: str) -> "SignalTask":
         return self
@@ -142,11 +151,11 @@ class SignalTask(RepresentationTask):
     def loss(self, model: Fit, batch, key, step):
         """Mean squared error, weighted over the supervised states; of several signals the sum: none disturbs another."""
         x, weight, warm = batch["x"], batch["weight"], model.warm
-        target = jnp.moveaxis(batch["target"], 1, 0)
+        target, total = jnp.moveaxis(batch["target"], 1, 0), jnp.sum(weight)
         keys = jax.random.split(key, self.count)
-        options, metrics = self.deq.training_options(step), {}
+        options, moves = self.deq.training_options(step), {}
         if warm is None:
-            values, states, sums, jacobian = model.signals.each(lambda net, key: self._cold(net, x, key, options), keys)
+            values, states, sums, jacobian = model.signals.each(lambda net, key: self.from_zero(net, x, key, options), keys)
         else:
             z, known = warm.recall(batch["block"])
             if self.config.resolve_every:
@@ -156,41 +165,22 @@ class SignalTask(RepresentationTask):
             )
             warm.remember(batch["block"], states)
             moved = jnp.sum(jnp.linalg.norm(states - z, axis=-1)) / states.shape[1]
-            metrics["warm/moved"] = (moved, jnp.asarray(self.count, moved.dtype))
-
-        total = jnp.sum(weight)
+            moves = {"warm/moved": (moved, jnp.asarray(self.count, moved.dtype))}
 
         def squared_error(values):
-            return jnp.sum(jnp.mean(jnp.square(values - target), axis=-1) * weight[None]) / total
+            # A slice of a batch may hold nothing but rows that fill up.
+            return jnp.sum(jnp.mean(jnp.square(values - target), axis=-1) * weight[None]) / jnp.maximum(total, 1)
 
-        error, each = fixed_point_correction(squared_error, list(values), gamma=self.deq.gamma, return_values=True)
-        metrics["loss"] = (each[-1] / self.count * total, total)
-        if sums:
-            metrics |= vitals({name: jnp.sum(value) for name, value in sums.items()})
-        if self.deq.jac_loss_weight:
-            metrics["jacobian"] = (jnp.mean(jacobian), jnp.ones_like(total))
-        return error + jnp.sum(jacobian), metrics
-
-    def _cold(self, net, x, key, options):
-        """Values, final states, statistics and Jacobian term of one signal, solved from zero."""
-        if not has_equilibrium(net):
-            values = net(x, train=True).values
-            return values, (), {}, jnp.zeros((), values[-1].dtype)
-        injection = net.encode(x, net.weights(train=True))
-        return self._decoded(net, injection, net.solve(injection, train=True, solver_options=options), key)
+        loss, metrics = self.supervised(squared_error, values, sums, jacobian, total)
+        return loss, metrics | moves
 
     def _warm(self, net, x, z, known, key, options):
-        """The same, from the last visit's states; the solver runs only if they are not known."""
+        """As `from_zero`, but from the last visit's states; the solver runs only if they are not known."""
         injection = net.encode(x, net.weights(train=True))
         start, sums = net.start(injection, z, known)
         out = net.solve(injection, start, train=True, solver_options={**options, "f_max_iter": 0})
-        values, states, _, jacobian = self._decoded(net, injection, out, key)
+        values, states, _, jacobian = self.decoded(net, injection, out, key)
         return values, states, sums, jacobian
-
-    def _decoded(self, net, injection, out, key):
-        z = out.states[-1]
-        jacobian = jacobian_term(self.deq, lambda z: net.cell(z, injection), z, key)
-        return tuple(net.decode(state) for state in out.states), z, out.stats.sums(), jacobian
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 
@@ -198,7 +188,8 @@ class SignalTask(RepresentationTask):
         """PSNR of the signal as it is decoded from nothing, and how far that is from the states that training keeps.
 
         "valid" is on the samples that are trained on, "test" on those held out, or the same where there are none. Of several
-        signals, and of the frames of a video, the mean and the standard deviation of their PSNRs.
+        signals, and of the frames of a video, the mean and the standard deviation of their PSNRs; of sound, the signal-to-noise
+        ratio too.
         """
         held_out = split == "test" and self.signal.test is not self.signal.train
         blocks = [(None, self.signal.test, np.ones(len(self.signal.test), np.float32))] if held_out else None
@@ -230,6 +221,8 @@ class SignalTask(RepresentationTask):
         for name, value in errors.items():
             each = psnr(value / counts[:, None])
             report |= {name: float(np.mean(each))} | ({f"{name}_std": float(np.std(each))} if each.size > 1 else {})
+        if self.signal.kind == "audio":
+            report["snr"] = report["psnr"] - float(psnr(np.mean(np.square(self.signal.raw))))
         return report | means | maxima
 
     def _frame(self, index):
@@ -295,11 +288,11 @@ class SignalTask(RepresentationTask):
 
     def show(self, model: Fit, workdir: Path) -> None:
         """The reconstruction beside the original and their difference, and PSNR against steps, to `workdir`."""
-        if jax.process_index() != 0:
-            return
         signal, mesh, kind = self.signal, make_mesh(self.config.get("mesh")), self.signal.kind
         for number in range(min(self.count, 8)):
             values = values_on_grid(model.signals.one(number), signal.shape, signal.order, mesh, self.config.data.memory_gib)
+            if jax.process_index() != 0:  # which had its part in the values
+                continue
             original, suffix = signal.whole(number), f"-{number}" if self.count > 1 else ""
             shown = displayed(values, kind)
             if kind == "image":
@@ -315,4 +308,5 @@ class SignalTask(RepresentationTask):
                     inr_pictures.sheet(frames) for frames in (original, shown, np.clip(4 * np.abs(original - shown), 0, 1))
                 )
                 write_image(workdir / "comparison.png", np.concatenate(list(sheets), axis=0))
-        inr_pictures.draw_curve(workdir, "psnr")
+        if jax.process_index() == 0:
+            inr_pictures.draw_curve(workdir, "psnr")

@@ -1,6 +1,7 @@
 """What all implicit representations have in common: the model, its files, and values at any number of coordinates."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deqjax.core.correction import fixed_point_correction
 from deqjax.core.stability import jacobian_loss
 from deqjax.data.coordinates import coordinates, size
 from deqjax.data.errors import DataError
 from deqjax.interop.inr import export_inr, load_inr
 from deqjax.interop.inr_file import read_signals, write_signals
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
-from deqjax.models.inr import INRConfig, Signals, WarmStart, representation
+from deqjax.models.inr import INRConfig, Signals, WarmStart, evaluation_bytes, has_equilibrium, representation
 from deqjax.nn.config import DEQConfig
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, replicated
 from experiments import inr_pictures
@@ -34,7 +36,8 @@ class RepresentationTask:
     name = "deq_inr"
     modes = ("train", "eval", "export", "render")
     without_model = ("render",)
-    free_to_change = ("export_path", "export_dtype", "render", "data.memory_gib")
+    # Slices change the order of sums alone, and a run chooses their number by its memory.
+    free_to_change = ("export_path", "export_dtype", "render", "data.memory_gib", "accumulate")
     count = 1
 
     def __init__(self, config):
@@ -99,15 +102,42 @@ class RepresentationTask:
         """The size beside that of the signal itself, and what rounding has cost."""
         return ""
 
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def from_zero(self, net: nnx.Module, x: jax.Array, key: jax.Array, options: Mapping):
+        """Values of the supervised states, last state, sums of statistics and Jacobian term of one signal, solved from zero."""
+        if not has_equilibrium(net):
+            values = net(x, train=True).values
+            return values, (), {}, jnp.zeros((), values[-1].dtype)
+        injection = net.encode(x, net.weights(train=True))
+        return self.decoded(net, injection, net.solve(injection, train=True, solver_options=options), key)
+
+    def decoded(self, net, injection, out, key):
+        z = out.states[-1]
+        jacobian = jacobian_term(self.deq, lambda z: net.cell(z, injection), z, key)
+        return tuple(net.decode(state) for state in out.states), z, out.stats.sums(), jacobian
+
+    def supervised(self, criterion: Callable, values, sums: Mapping, jacobian: jax.Array, total: jax.Array):
+        """The loss, weighted over the supervised states, and the metrics.
+
+        Args:
+          criterion: of the values of one state, a mean over coordinates, summed over signals.
+          values, sums, jacobian: see `from_zero`.
+          total: over how many coordinates it is a mean.
+        """
+        error, each = fixed_point_correction(criterion, list(values), gamma=self.deq.gamma, return_values=True)
+        metrics = {"loss": (each[-1] / self.count * total, total)}
+        if sums:
+            metrics |= vitals({name: jnp.sum(value) for name, value in sums.items()})
+        if self.deq.jac_loss_weight:
+            metrics["jacobian"] = (jnp.mean(jacobian), jnp.ones_like(total))
+        return error + jnp.sum(jacobian), metrics
+
     # Values at any coordinates ---------------------------------------------------------------------------------------
 
     def chunk(self, rows: int) -> int:
         """How many coordinates are evaluated at once, out of so many, for the memory there is."""
-        c = self.architecture
-        each = 4 * c.n_hidden * (2 * (c.n_layers + 1) + 6) * self.count
-        devices = batch_devices(make_mesh(self.config.get("mesh")))
-        limit = max(int(self.config.data.memory_gib * 2**30 / 8 / each), 1) * devices
-        return min(rows, limit)
+        return chunk_rows(self.architecture, rows, make_mesh(self.config.get("mesh")), self.config.data.memory_gib, self.count)
 
     def render(self) -> str:
         """Draws what a file of weights holds, at `render.shape`, or at `render.scale` times its own resolution."""
@@ -138,21 +168,27 @@ def scaled_shape(shape, scale: float, kind: str) -> tuple[int, ...]:
 
 def values_on_grid(net: nnx.Module, shape, order: str, mesh, memory_gib: float = 8.0, span=(-1.0, 1.0)) -> np.ndarray:
     """The values of one network on a regular grid over `span` along every axis, `[*shape, C]`, chunk by chunk."""
-    config, total = net.config, size(shape)
-    each = 4 * config.n_hidden * (2 * (config.n_layers + 1) + 6)
-    rows = min(total, max(int(memory_gib * 2**30 / 8 / each), 1) * batch_devices(mesh))
+    total = size(shape)
+    rows = chunk_rows(net.config, total, mesh, memory_gib)
     graph, state = nnx.split(net)
-
-    @jax.jit
-    def evaluate(state, x):
-        return jax.lax.with_sharding_constraint(nnx.merge(graph, state)(x).values[-1], replicated(mesh))
-
     parts = []
     for start, kept in chunks(total, rows):
         x = coordinates(np.arange(start, start + rows), shape, order)
         x = (span[0] + (x + 1) / 2 * (span[1] - span[0])).astype(np.float32)
-        parts.append(np.asarray(evaluate(state, place_whole(mesh, {"x": x})["x"]))[kept])
+        parts.append(np.asarray(_values(graph, mesh, state, place_whole(mesh, {"x": x})["x"]))[kept])
     return np.concatenate(parts).reshape(*shape, -1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _values(graph, mesh, state, x):
+    """Compiled once for all networks of one architecture."""
+    return jax.lax.with_sharding_constraint(nnx.merge(graph, state)(x).values[-1], replicated(mesh))
+
+
+def chunk_rows(config: INRConfig, total: int, mesh, memory_gib: float, count: int = 1) -> int:
+    """How many of so many coordinates to evaluate at once, in about an eighth of the memory of each device."""
+    limit = int(memory_gib * 2**30 / 8 / (count * evaluation_bytes(config)))
+    return min(total, max(limit, 1) * batch_devices(mesh))
 
 
 def chunks(total: int, rows: int):

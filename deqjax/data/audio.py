@@ -2,6 +2,7 @@
 
 import pathlib
 import struct
+import warnings
 
 import numpy as np
 
@@ -14,15 +15,19 @@ def read_audio(path) -> tuple[np.ndarray, int]:
     Silence stays silent.
 
     Raises:
-      DataError: there is no such file, it is no WAV file, it has no samples, or some that are not numbers.
+      DataError: there is no such file, it is no WAV file, it is cut off, it has no samples, or some that are not numbers.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise DataError(f"{path}: there is no such file.")
     try:
-        rate, samples = _wavfile().read(path)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            rate, samples = _wavfile().read(path)
     except (ValueError, EOFError, struct.error, OSError, TypeError, UnboundLocalError) as error:
         raise DataError(f"{path} is no WAV file that can be read ({error}).") from error
+    if any("EOF prematurely" in str(warning.message) for warning in said) and not _streamed(path):
+        raise DataError(f"{path} is cut off: it promises more samples than it has. Save or copy it again.")
     if not samples.size:
         raise DataError(f"{path} has no samples.")
     if samples.dtype == np.uint8:
@@ -32,6 +37,12 @@ def read_audio(path) -> tuple[np.ndarray, int]:
         raise DataError(f"{path} has {np.sum(~np.isfinite(samples))} samples that are not finite numbers.")
     samples = samples.mean(axis=1) if samples.ndim == 2 else samples
     return (samples / (np.max(np.abs(samples)) or 1.0)).astype(np.float32), int(rate)
+
+
+def _streamed(path) -> bool:
+    """Whether whoever wrote the file could not know its length, and said so."""
+    with open(path, "rb") as file:
+        return file.read(8)[4:] == b"\xff\xff\xff\xff"
 
 
 def write_audio(path, samples: np.ndarray, rate: int) -> None:

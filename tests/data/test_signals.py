@@ -60,6 +60,14 @@ def test_sound_that_cannot_be_used_is_named(tmp_path):
             read_audio(tmp_path / f"{name}.wav")
     with pytest.raises(DataError):
         read_audio(tmp_path / "cut.wav")
+    wavfile.write(tmp_path / "whole.wav", 100, np.ones(50, np.int16))
+    whole = (tmp_path / "whole.wav").read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[:100])
+    with pytest.raises(DataError, match="cut off"):
+        read_audio(tmp_path / "cut.wav")
+    # Who writes into a pipe cannot know how many there will be.
+    (tmp_path / "piped.wav").write_bytes(whole[:4] + b"\xff" * 4 + whole[8:40] + b"\xff" * 4 + whole[44:])
+    assert read_audio(tmp_path / "piped.wav")[0].shape == (50,)
     with pytest.raises(DataError, match="no such file"):
         read_audio(tmp_path / "absent.wav")
 
@@ -91,6 +99,17 @@ def test_a_video_survives_a_file_nearly(tmp_path):
         read_video(tmp_path / "bad.mp4")
     with pytest.raises(DataError, match="are no video"):
         waves(0)
+
+
+def test_a_video_stands_upright_whatever_the_camera_did(tmp_path):
+    write_video(tmp_path / "v.mp4", waves(2, 64)[:, :, :32] / 255, 10)
+    plain, content = read_video(tmp_path / "v.mp4")[0], (tmp_path / "v.mp4").read_bytes()
+    # The header of the track ends with a matrix and two sizes.
+    matrix = content.index(b"tkhd") + 4 + 40
+    quarter = np.array([0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30], ">i4").tobytes()
+    (tmp_path / "turned.mp4").write_bytes(content[:matrix] + quarter + content[matrix + 36 :])
+    turned = read_video(tmp_path / "turned.mp4")[0]
+    np.testing.assert_array_equal(turned, np.rot90(plain, -1, axes=(1, 2)))
 
 
 def test_a_clip_that_comes_in_a_wheel():

@@ -29,7 +29,6 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("inr_*.py"))
 # 8 x 8 pixels, one layer of 8.
 SMALL = {"data.step": 64, "model.n_hidden": 8, "model.input_scale": 4.0, "steps": 4, "eval_every": 2, "checkpoint_every": 2}
 SMALL |= {"log_every": 1}
-ONE = {"mesh.data": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +104,15 @@ def test_an_epoch_visits_every_coordinate_once_and_with_warm_starts_always_in_th
             assert len(counted) == len(np.unique(counted, axis=0)) == 64
             epochs.append({int(b["block"]): b["x"].tobytes() for b in batches})
         assert (epochs[0] == epochs[1]) == warm
+
+
+def test_batches_are_the_same_on_any_number_of_devices_and_none_is_empty(monkeypatch):
+    for devices in (1, 8):
+        mesh = make_mesh({"data": devices}, jax.devices()[:devices])
+        monkeypatch.setattr("experiments.inr_signals.make_mesh", lambda _, mesh=mesh: mesh)
+        assert SignalTask(configured(), picture(side=25)).layout_of_batches == (632, 1)
+        few = SignalTask(configured(data__batch_size=5), picture(train=np.arange(17)))
+        assert few.layout_of_batches == (8, 3) and all(few.batch(step)["weight"].sum() for step in range(3))
 
 
 def test_held_out_pixels_are_those_between_and_are_not_trained_on():
@@ -320,12 +328,26 @@ SDF = ["--config.data.kind=sdf", "--config.data.name=torus"]
         (["--config.data.name=dog"], "data.name='dog'"),
         (["--config.data.step=0"], "data.step=0"),
         (["--config.data.batch_size=-1"], "data.batch_size"),
+        (["--config.data.channels=4"], "data.channels=4"),
+        (["--config.data.kind=audio", "--config.data.name=melody", "--config.data.seconds=1e-5"], "no samples"),
         (["--config.model.filter=relu"], "filter='relu'"),
         (["--config.data.path=absent.png"], "no such file"),
         (["--config.deq.f_max_iter=-1"], "f_max_iter"),
+        (["--config.deq.core=indexing"], "warm_start=False"),
+        (["--config.deq.f_max_iter=0", "--config.deq.eval_f_max_iter=9"], "first visit"),
         (["--config.data.memory_gib=0.001", "--config.data.step=1"], "warm_start=False"),
         (SDF, "warm_start"),
         ([*SDF, "--config.warm_start=false", "--config.data.batch_size=8"], "hook_ift"),
+        (
+            [
+                *SDF,
+                "--config.warm_start=false",
+                "--config.data.batch_size=8",
+                "--config.deq.n_states=2",
+                "--config.deq.hook_ift=1",
+            ],
+            "n_states",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_paragraph(settings, words, capsys, tmp_path):
@@ -341,8 +363,10 @@ def test_pictures_of_every_mode_are_signals(tmp_path, mode):
     image = pillow().fromarray(values.astype(np.uint16) * 257 if mode == "I;16" else values)
     (image if mode == "I;16" else image.convert(mode)).save(tmp_path / "p.png")
     task = SignalTask(configured(data__path=str(tmp_path / "p.png"), data__step=1))
-    values = task.batch(0)["target"]
-    assert values.shape == (30, 1, 3) and np.all(np.abs(values) <= 1)
+    batch = task.batch(0)
+    # Grey stays grey; 30 pixels are filled up to a multiple of 8.
+    assert batch["target"].shape == (32, 1, 3 if mode in ("RGBA", "P") else 1) and batch["weight"].sum() == 30
+    assert np.all(np.abs(batch["target"]) <= 1)
 
 
 # The table -----------------------------------------------------------------------------------------------------------

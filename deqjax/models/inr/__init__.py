@@ -6,7 +6,7 @@ from deqjax.models.inr.config import FILTERS, NETWORKS, INRConfig
 from deqjax.models.inr.explicit import FourierFeatures, Siren
 from deqjax.models.inr.filters import Filters
 from deqjax.models.inr.network import INR, Injection, Output
-from deqjax.models.inr.signals import Signals, WarmStart, has_equilibrium, training_bytes
+from deqjax.models.inr.signals import Signals, WarmStart, evaluation_bytes, has_equilibrium, training_bytes
 from deqjax.nn.config import DEQConfig
 
 
@@ -31,6 +31,7 @@ __all__ = [
     "Signals",
     "Siren",
     "WarmStart",
+    "evaluation_bytes",
     "has_equilibrium",
     "representation",
     "training_bytes",

@@ -53,7 +53,7 @@ class Signals(nnx.Module):
         return result
 
     def one(self, number: int) -> nnx.Module:
-        """The network of one signal, a copy."""
+        """The network of one signal; of several signals a copy."""
         if self.count == 1:
             return self.net
         graph, probes, states = nnx.split(self.net, AdjointProbe, ...)
@@ -61,7 +61,7 @@ class Signals(nnx.Module):
 
 
 class WarmStart(nnx.Module):
-    """The states `[R, K, S, D]` of S signals at R K coordinates, visited in K batches of R (Huang et al. 2021, section 3.3).
+    """The states `[R, K, S, D]` of S signals at R K coordinates, visited in K batches of R (Huang et al. 2021).
 
     They belong to the training state. Axis 0 is the batch, so each coordinate's states stay on the device that computes it.
     """
@@ -96,4 +96,14 @@ def training_bytes(config: INRConfig, deq: DEQConfig) -> int:
     """
     recorded = sum(deq.phantom_steps(deq.n_states)) if config.network == "deq" else 1
     arrays = 4 * (config.n_layers + 1) + 4 * recorded * config.n_layers + 4
-    return 4 * config.n_hidden * arrays
+    return 4 * _width(config) * arrays
+
+
+def evaluation_bytes(config: INRConfig) -> int:
+    """About how many bytes of memory each coordinate takes in an evaluation: its filters and a few states."""
+    return 4 * _width(config) * (2 * (config.n_layers + 1) + 6)
+
+
+def _width(config):
+    """Of the widest array of a coordinate; Fourier features are a sine and a cosine of each frequency."""
+    return max(config.n_hidden, 2 * config.n_features) if config.network == "ffn" else config.n_hidden
