@@ -14,7 +14,7 @@ from deqjax.core.solvers.base import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reversible(Gradient):
-    """Backpropagation through every step, each recomputed from the one after it (RevDEQ, McCallum and Foster 2025).
+    """Backpropagation through every step, each recomputed from the one after it (RevDEQ, McCallum, Arora and Foster 2025).
 
     Two states y and z take turns: y <- (1 - beta) y + beta f(z), then z <- (1 - beta) z + beta f(y). Either line can be
     solved for what it overwrote, so nothing is stored. This is the forward iteration too: of the solver only `max_steps`
