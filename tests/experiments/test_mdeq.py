@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks import mdeq_step
 from configs import mdeq_cifar10, mdeq_cityscapes, mdeq_digits, mdeq_imagenet, mdeq_shapes
 from deqjax.data.errors import DataError
+from deqjax.models.mdeq import MDEQConfig
 from deqjax.nn.config import DEQConfig
 from experiments.image_batches import skipped
 from experiments.image_pictures import overlay, voc_palette
@@ -300,6 +301,11 @@ def test_settings_of_classification_that_cannot_be_are_refused(settings, message
 def test_settings_of_segmentation_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SegmentationTask(configured(mdeq_shapes, SHAPES | settings))
+
+
+def test_every_field_of_the_network_and_of_training_is_on_the_command_line():
+    assert set(mdeq_cifar10.FIELDS) == set(MDEQConfig.__dataclass_fields__)
+    assert mdeq_cifar10.base().training.to_dict() == TRAINING
 
 
 RECIPES = [(mdeq_cifar10, v) for v in mdeq_cifar10.VARIANTS] + [(mdeq_imagenet, v) for v in mdeq_imagenet.VARIANTS]
