@@ -24,7 +24,7 @@ from experiments.image_training import architecture
 from experiments.mdeq_classify import ClassificationTask
 from experiments.mdeq_segment import SegmentationTask
 
-IMPLICIT = {"preset": None, "ift": False, "hook_ift": True, "f_solver": "picard", "b_solver": "picard", "f_options": {}}
+IMPLICIT = {"preset": None, "ift": False, "hook_ift": True, "f_solver": "picard", "b_solver": "picard"}
 
 
 class RandomScenes:

@@ -46,7 +46,7 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     epochs = 50 if variant in ("small", "tiny") else 220
     per_epoch = 45_000 // data.batch_size  # 50_000 with data.select=test
     config.steps = epochs * per_epoch
-    config.eval_every = config.checkpoint_every = per_epoch
+    config.eval_every = per_epoch
 
     if variant in ("small", "large"):
         phantom(config.deq, "broyden", 22 if variant == "small" else 18, 5, 0.5 if variant == "small" else 0.7)
@@ -174,8 +174,8 @@ def phantom(deq, solver, steps, k, tau):
 
 
 def implicit(deq, forward, backward, stop_mode):
-    """The authors': Broyden both ways."""
-    deq.ift = True
+    """The authors': Broyden both ways, the Jacobian at the solver's result."""
+    deq.hook_ift = True
     deq.f_solver = deq.b_solver = "broyden"
     deq.f_max_iter, deq.b_max_iter = forward, backward
     deq.f_stop_mode = deq.b_stop_mode = stop_mode

@@ -36,7 +36,7 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     data.batch_size = 16 if variant == "xl" else 12
     per_epoch = 2975 // data.batch_size
     config.steps = 500 * per_epoch
-    config.eval_every = config.checkpoint_every = 5 * per_epoch
+    config.eval_every = 5 * per_epoch
     mdeq_cifar10.implicit(config.deq, 27, 30, "abs")
     config.training.pretrain_steps = 40_000 if variant == "xl" else 60_000
     config.training.pretrain_unroll = 3

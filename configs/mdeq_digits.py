@@ -19,7 +19,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.data.augment = "crop"
     config.data.pad = 1
     config.data.batch_size = 64
-    config.data.eval_batch_size = 100
     config.data.image_size = 8
     config.data.mean, config.data.std = (0.305,), (0.376,)
     config.best_metric, config.best_mode = "loss", "min"
@@ -44,7 +43,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
     config.optimizer.learning_rate = 2e-3
     config.steps = 500
-    config.log_every = 50
     config.eval_every = 250
     config.checkpoint_every = 100
     return config

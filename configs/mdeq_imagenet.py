@@ -38,7 +38,7 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     data.batch_size = 256 if variant == "xl" else 128
     per_epoch = 1_281_167 // data.batch_size
     config.steps = 100 * per_epoch
-    config.eval_every = config.checkpoint_every = per_epoch
+    config.eval_every = per_epoch
 
     if variant == "small":
         # As NVIDIA DALI crops by default.

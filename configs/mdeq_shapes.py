@@ -17,7 +17,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         raise ValueError(f"configs/mdeq_shapes.py has no variant {variant!r}.")
     config = mdeq_cityscapes.base()
     config.data.name = "shapes"
-    config.data.augment = "none"
     config.data.batch_size = 16
     config.data.eval_batch_size = 50
     config.data.train_images = 4000
@@ -31,7 +30,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.model.channels = (12, 16, 24)
     config.model.n_groups = 4
     config.model.expansion = 2.0
-    config.model.downsample = 0
     config.model.normalized = "branches_and_post"
     config.model.init = "uniform"
 

@@ -7,27 +7,17 @@ import numpy as np
 
 from deqjax.data.errors import DataError
 from deqjax.data.image_set import Damaged
-from deqjax.data.prefetch import Prefetch, stacked
+from deqjax.data.prefetch import Prefetch, rows_of_batch, stacked
 from deqjax.training.console import say
 from deqjax.training.mesh import make_mesh, place_whole, process_share
 
 
 def chosen_rows(config, n_images: int, step: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """Numbers of the images in this process's share of training batch `step`, and a seed for each.
-
-    Every epoch has an order of its own; what is left at its end of less than a batch is dropped.
-    """
+    """Numbers of the images in this process's share of training batch `step`, and a seed for each."""
     B = config.data.batch_size
-    epoch, part = divmod(step, n_images // B)
-    order = _order(config.seed, epoch, n_images)
     share, shares = process_share(make_mesh(config.get("mesh")))
-    rows = np.split(np.arange(B), shares)[share]
-    return order[part * B + rows], [(config.seed, step, int(row)) for row in rows]
-
-
-@functools.lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, n_images: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n_images)
+    places = np.split(np.arange(B), shares)[share]
+    return rows_of_batch(config.seed, step, n_images, B)[places], [(config.seed, step, int(place)) for place in places]
 
 
 def training_stream(config, jobs: Callable, in_memory: bool = False) -> Prefetch:
@@ -81,3 +71,14 @@ def read_or_blank(read: Callable[[int], tuple], number: int, damaged: Damaged, b
     except DataError as error:
         damaged.note(number, error)
         return blank(), False
+
+
+def skipped(damaged: Damaged, n_images: int) -> dict[str, float]:
+    """How many images of an evaluation did not count, as a metric; nothing if all did.
+
+    Raises:
+      DataError: none did.
+    """
+    if len(damaged) >= n_images:
+        raise DataError(f"none of {n_images} images could be evaluated; the first: {next(iter(damaged.messages.values()))}")
+    return {"skipped": float(len(damaged))} if len(damaged) else {}

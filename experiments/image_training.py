@@ -1,5 +1,6 @@
 """What training is to every multiscale model: unrolled phase, supervised states, Jacobian regularisation."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from deqjax.core.correction import fixed_point_correction
 from deqjax.core.stats import SolverStats, Status
 from deqjax.models.mdeq import MDEQ, MDEQConfig, State
 from deqjax.nn.config import DEQConfig
+from deqjax.training.errors import UserError
 from deqjax.training.metrics import Sums
 from experiments.image_pictures import draw_anytime
 
@@ -75,10 +78,15 @@ def forward(model: MDEQ, images, key, step, training: Mapping) -> Forward:
         states, measured = solve()
     logits = [model.decode(z, train=True) for z in states]
     jacobian = jnp.zeros((), logits[-1].dtype)
-    if deq.jac_loss_weight or training["pretrain_jac_loss_weight"]:
+    if regularises(deq, training):
         term = lambda: model.jacobian_loss(states[-1], injection, key_probes, n_probes=training["jac_probes"])  # noqa: E731
         jacobian = weight * jax.lax.cond(regularised, term, lambda: jnp.zeros((), logits[-1].dtype))
     return Forward(states, logits, jacobian, measured)
+
+
+def regularises(deq: DEQConfig, training: Mapping) -> bool:
+    """Whether the Jacobian term ever has a weight."""
+    return bool(deq.jac_loss_weight or deq.jac_incremental or training["pretrain_jac_loss_weight"])
 
 
 def jacobian_weight(deq: DEQConfig, training: Mapping, step):
@@ -156,7 +164,7 @@ def check_training(config) -> dict:
             f"training.pretrain_steps={training['pretrain_steps']}: the unrolled phase has one state to supervise, but the deq "
             f"settings have {deq.n_supervised}. Set pretrain_steps=0, or supervise one state."
         )
-    if training["f_max_iter_jitter"] and (deq.n_supervised > 1 or deq.no_stat or not deq.jac_loss_weight):
+    if training["f_max_iter_jitter"] and (deq.n_supervised > 1 or deq.no_stat or not regularises(deq, training)):
         raise ValueError(
             "training.f_max_iter_jitter varies the solve of regularised steps: it needs deq.jac_loss_weight, one supervised "
             "state and a solver with residuals."
@@ -171,6 +179,27 @@ def architecture(model) -> MDEQConfig:
 
 
 # Accuracy at every number of steps -----------------------------------------------------------------------------------
+
+
+def along_one_solve(task, model: MDEQ) -> list[tuple[int, list]]:
+    """The numbers of steps of `config.anytime`, each with what `trajectory` gives for them, batch by batch.
+
+    Args:
+      task: its `evaluation(split)` gives the batches, its `scores(logits, batch)` are measured.
+
+    Raises:
+      UserError: there is no such split, or the steps do not increase from 1 or more.
+    """
+    options = task.config.anytime
+    if options.split not in task.splits:
+        raise UserError(f"config.anytime.split={options.split!r}: must be one of {', '.join(task.splits)}.")
+    steps = tuple(options.steps) or tuple(range(1, task.deq.eval_budget() + 1))
+    if any(a >= b for a, b in itertools.pairwise((0, *steps))):
+        raise UserError(f"config.anytime.steps={steps}: must be numbers that increase, the first of them 1 or more.")
+    graph, state = nnx.split(model)
+    measure = jax.jit(lambda state, batch: trajectory(nnx.merge(graph, state), batch, steps, task.scores))
+    results = [jax.device_get(measure(state, batch)) for batch in task.evaluation(options.split)]
+    return [(n, [jax.tree.map(lambda x, k=k: x[k], result) for result in results]) for k, n in enumerate(steps)]
 
 
 def trajectory(model: MDEQ, batch, steps: tuple[int, ...], scores: Callable):

@@ -28,10 +28,11 @@ from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.mdeq import MDEQ
 from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
-from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, training_stream
+from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, skipped, training_stream
 from experiments.image_metrics import confusion_matrix, top_k
 from experiments.image_pictures import draw_confusion
 from experiments.image_training import (
+    along_one_solve,
     architecture,
     check_set,
     check_training,
@@ -40,7 +41,6 @@ from experiments.image_training import (
     report_anytime,
     summed,
     supervised,
-    trajectory,
     vitals,
 )
 
@@ -118,7 +118,7 @@ class ClassificationTask:
     def _sample(self, image, label):
         return {"images": normalize(image, self.config.data.mean, self.config.data.std), "labels": np.asarray(label, np.int32)}
 
-    def _evaluation(self, split: str):
+    def evaluation(self, split: str):
         """Batches of a split, not augmented."""
         images, data = self.splits[split], self.config.data
 
@@ -148,18 +148,19 @@ class ClassificationTask:
     def evaluate(self, model: MDEQ, split: str) -> dict[str, float]:
         """Loss, top-1 and top-5 accuracy over a split, and how the solves went."""
         graph, state = nnx.split(model)
-        result = summed([self._evaluate_batch(graph, state, batch) for batch in self._evaluation(split)])
-        return result | ({"skipped": float(len(self.damaged[split]))} if len(self.damaged[split]) else {})
+        result = summed([self._evaluate_batch(graph, state, batch) for batch in self.evaluation(split)])
+        return result | skipped(self.damaged[split], len(self.splits[split]))
 
     def _metrics(self, graph, state, batch):
         model = nnx.merge(graph, state)
         out = model.solve(model.encode(batch["images"]))
-        return self._scores(model.decode(out.states[-1]), batch) | {
+        return self.scores(model.decode(out.states[-1]), batch) | {
             **vitals(out.stats, batch["counted"]),
             **radius_metric(out.spectral_radius, batch["counted"]),
         }
 
-    def _scores(self, logits, batch):
+    def scores(self, logits, batch) -> dict:
+        """Metrics of a batch, as sums and counts."""
         counted = batch["counted"].astype(logits.dtype)
         total = lambda values: (jnp.sum(values.astype(logits.dtype) * counted), jnp.sum(counted))  # noqa: E731
         labels = batch["labels"]
@@ -178,20 +179,16 @@ class ClassificationTask:
             labels = jnp.where(batch["counted"], batch["labels"], 255)
             return confusion_matrix(predictions, labels, self.architecture.n_classes)
 
-        counts = sum(np.asarray(count(state, batch)) for batch in self._evaluation("test"))
-        draw_confusion(counts, self.splits["test"].classes, workdir / "confusion.png")
+        counts = sum(np.asarray(count(state, batch)) for batch in self.evaluation("test"))
+        if jax.process_index() == 0:
+            draw_confusion(counts, self.splits["test"].classes, workdir / "confusion.png")
 
     def anytime(self, model: MDEQ) -> str:
         """Test accuracy after every number of solver steps, all from one solve: a table, `anytime.json` and `anytime.png`."""
-        graph, state = nnx.split(model)
-        steps = tuple(self.config.anytime.steps) or tuple(range(1, self.deq.eval_budget() + 1))
-        measure = jax.jit(lambda state, batch: trajectory(nnx.merge(graph, state), batch, steps, self._scores))
-        results = [jax.device_get(measure(state, batch)) for batch in self._evaluation(self.config.anytime.split)]
-        rows = []
-        for k, n in enumerate(steps):
-            of_step = lambda sums, k=k: (sums[0][k], sums[1][k])  # noqa: E731
-            scores = [{name: of_step(sums) for name, sums in (scores | {"residual": r}).items()} for scores, r in results]
-            rows.append({"steps": n} | summed(scores))
+        rows = [
+            {"steps": n} | summed([scores | {"residual": residual} for scores, residual in results])
+            for n, results in along_one_solve(self, model)
+        ]
         return report_anytime(rows, "accuracy", self.config.anytime.out)
 
     # Checkpoints of other formats ------------------------------------------------------------------------------------

@@ -29,11 +29,13 @@ from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.mdeq import MDEQ, resize_bilinear
 from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
-from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, training_stream
+from deqjax.training.mesh import make_mesh, replicated
+from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, skipped, training_stream
 from experiments.image_losses import IGNORED, cross_entropy_sums, ohem_cross_entropy
 from experiments.image_metrics import confusion_matrix, segmentation_scores
 from experiments.image_pictures import draw_confusion, overlay, voc_palette
 from experiments.image_training import (
+    along_one_solve,
     architecture,
     check_set,
     check_training,
@@ -42,7 +44,6 @@ from experiments.image_training import (
     report_anytime,
     summed,
     supervised,
-    trajectory,
     vitals,
 )
 
@@ -84,6 +85,10 @@ class SegmentationTask:
             if any(n < 1 or n % self.architecture.image_multiple for n in config.data[name]):
                 multiple = self.architecture.image_multiple
                 raise ValueError(f"data.{name}={config.data[name]}: height and width must be multiples of {multiple}.")
+        if config.data.augment == "none" and tuple(config.data.crop) != tuple(config.data.eval_size):
+            raise ValueError(
+                f"data.crop={config.data.crop}: without data.augment it must be data.eval_size={config.data.eval_size}."
+            )
         self.splits = read(config) if splits is None else splits
         self.classes, self.palette = self.splits["train"].classes, self.splits["train"].palette
         check_set(self.splits["train"], self.architecture.n_classes, config.data.batch_size)
@@ -117,7 +122,7 @@ class SegmentationTask:
     def _sample(self, image, labels):
         return {"images": normalize(image, self.config.data.mean, self.config.data.std), "labels": labels.astype(np.int32)}
 
-    def _evaluation(self, split: str):
+    def evaluation(self, split: str):
         """Batches of whole images; one that cannot be read, or has another size, does not count."""
         images, (H, W) = self.splits[split], self.config.data.eval_size
 
@@ -156,21 +161,22 @@ class SegmentationTask:
     def evaluate(self, model: MDEQ, split: str) -> dict[str, float]:
         """Loss, mIoU, accuracies and the IoU of every class over a split, and how the solves went."""
         graph, state = nnx.split(model)
-        results = [self._evaluate_batch(graph, state, batch) for batch in self._evaluation(split)]
+        results = [self._evaluate_batch(graph, state, batch) for batch in self.evaluation(split)]
         scores = segmentation_scores(sum(np.asarray(counts, np.float64) for _, counts in results))
         by_class = {f"iou/{name}": float(iou) for name, iou in zip(self.classes, scores.pop("iou"), strict=True)}
-        skipped = {"skipped": float(len(self.damaged[split]))} if len(self.damaged[split]) else {}
-        return summed([metrics for metrics, _ in results]) | scores | by_class | skipped
+        left_out = skipped(self.damaged[split], len(self.splits[split]))
+        return summed([metrics for metrics, _ in results]) | scores | by_class | left_out
 
     def _metrics(self, graph, state, batch):
         """Sums of a batch, and its confusion matrix."""
         model = nnx.merge(graph, state)
         out = model.solve(model.encode(batch["images"]))
-        metrics, counts = self._scores(model.decode(out.states[-1]), batch)
+        metrics, counts = self.scores(model.decode(out.states[-1]), batch)
         counted = batch["counted"]
         return metrics | vitals(out.stats, counted) | radius_metric(out.spectral_radius, counted), counts
 
-    def _scores(self, logits, batch):
+    def scores(self, logits, batch) -> tuple:
+        """The loss of a batch, as sum and count, and its confusion matrix."""
         logits = self._at_full_size(logits, batch["labels"].shape[1:3])
         labels = jnp.where(batch["counted"][:, None, None], batch["labels"], IGNORED)
         counts = confusion_matrix(jnp.argmax(logits, axis=-1), labels, len(self.classes))
@@ -182,61 +188,69 @@ class SegmentationTask:
     def show(self, model: MDEQ, workdir: Path) -> None:
         """`confusion.png` of the test set, and of its first images `overlays/*.png`: the image, the truth, the prediction."""
         graph, state = nnx.split(model)
-        predict = jax.jit(lambda state, images: self._predictions(nnx.merge(graph, state), images))
-        counts, number, folder = 0, 0, Path(workdir) / "overlays"
-        folder.mkdir(parents=True, exist_ok=True)
-        for batch in self._evaluation("test"):
-            predictions = np.asarray(predict(state, batch["images"]))
-            images, labels, counted = (np.asarray(batch[name]) for name in ("images", "labels", "counted"))
-            labels = np.where(counted[:, None, None], labels, IGNORED)
-            counts = counts + np.asarray(confusion_matrix(predictions, labels, len(self.classes)))
+        # On every device, for one process writes the pictures.
+        predict = jax.jit(
+            lambda state, batch: (self._predictions(nnx.merge(graph, state), batch["images"]), batch),
+            out_shardings=replicated(make_mesh(self.config.get("mesh"))),
+        )
+        counts, shown, folder = 0, [], Path(workdir) / "overlays"
+        for batch in self.evaluation("test"):
+            predictions, batch = jax.device_get(predict(state, batch))
+            images, labels, counted = batch["images"], batch["labels"], batch["counted"]
+            counts = counts + np.asarray(confusion_matrix(predictions[counted], labels[counted], len(self.classes)))
             for image, truth, prediction in zip(images[counted], labels[counted], predictions[counted], strict=True):
-                if number < self.config.pictures:
+                if len(shown) < self.config.pictures:
                     image = denormalize(image, self.config.data.mean, self.config.data.std)
                     parts = [image, overlay(image, truth, self.palette), overlay(image, prediction, self.palette)]
-                    write_image(folder / f"{number:03d}.png", np.concatenate(parts, axis=1))
-                number += 1
-        draw_confusion(counts, self.classes, Path(workdir) / "confusion.png")
+                    shown.append(np.concatenate(parts, axis=1))
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, picture in enumerate(shown):
+                write_image(folder / f"{number:03d}.png", picture)
+            draw_confusion(counts, self.classes, Path(workdir) / "confusion.png")
 
     def _predictions(self, model, images):
         return jnp.argmax(self._at_full_size(model(images), images.shape[1:3]), axis=-1)
 
     def anytime(self, model: MDEQ) -> str:
         """mIoU on a split after every number of solver steps, all from one solve: a table, `anytime.json` and `anytime.png`."""
-        graph, state = nnx.split(model)
-        steps = tuple(self.config.anytime.steps) or tuple(range(1, self.deq.eval_budget() + 1))
-        measure = jax.jit(lambda state, batch: trajectory(nnx.merge(graph, state), batch, steps, self._scores))
-        results = [jax.device_get(measure(state, batch)) for batch in self._evaluation(self.config.anytime.split)]
         rows = []
-        for k, n in enumerate(steps):
-            sums = [{"loss": _at(scores["loss"], k), "residual": _at(residual, k)} for (scores, _), residual in results]
-            scores = segmentation_scores(sum(np.asarray(counts[k], np.float64) for (_, counts), _ in results))
-            rows.append({"steps": n} | summed(sums) | {name: scores[name] for name in ("miou", "pixel_accuracy")})
+        for n, results in along_one_solve(self, model):
+            means = summed([metrics | {"residual": residual} for (metrics, _), residual in results])
+            scores = segmentation_scores(sum(np.asarray(counts, np.float64) for (_, counts), _ in results))
+            rows.append({"steps": n} | means | {name: scores[name] for name in ("miou", "pixel_accuracy")})
         return report_anytime(rows, "miou", self.config.anytime.out)
 
     def predict(self, model: MDEQ) -> str:
         """Labels, as a picture with the colour map of PASCAL VOC, and an overlay for every picture in a folder.
 
-        Pictures may have any size: they are filled up with black at the bottom and on the right, and cut again.
+        Pictures may have any size: they are filled up with black at the bottom and on the right, and cut again. Damaged ones
+        are named and left out. What lies in a folder below goes into one of the same name.
         """
         options, data, multiple = self.config.predict, self.config.data, self.architecture.image_multiple
         if not options.folder:
             raise DataError("config.predict.folder is empty: name the folder with the pictures to label.")
-        folder, Image = Path(options.out), pillow()
-        folder.mkdir(parents=True, exist_ok=True)
+        Image, damaged = pillow(), Damaged(say)
         graph, state = nnx.split(model)
         predict = jax.jit(lambda state, images: self._predictions(nnx.merge(graph, state), images))
         paths = image_files(options.folder)
-        for path in paths:
-            image = read_image(path)
+        for number, path in enumerate(paths):
+            try:
+                image = read_image(path, upright=True)
+            except DataError as error:
+                damaged.note(number, error)
+                continue
+            target = Path(options.out) / path.relative_to(options.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
             H, W, _ = image.shape
-            padded = np.pad(normalize(image, data.mean, data.std), ((0, -H % multiple), (0, -W % multiple), (0, 0)))
-            labels = np.asarray(predict(state, padded[None]))[0, :H, :W]
+            padded = np.pad(image, ((0, -H % multiple), (0, -W % multiple), (0, 0)))
+            labels = np.asarray(predict(state, normalize(padded[None], data.mean, data.std)))[0, :H, :W]
             picture = Image.fromarray((label_ids(labels) if data.name == "cityscapes" else labels).astype(np.uint8), "P")
             picture.putpalette(voc_palette(256).tobytes())
-            picture.save(folder / f"{path.stem}_labels.png")
-            write_image(folder / f"{path.stem}_overlay.png", overlay(image / np.iinfo(image.dtype).max, labels, self.palette))
-        return f"Wrote labels and overlays of {len(paths)} pictures to {folder}."
+            picture.save(target.with_name(f"{path.stem}_labels.png"))
+            colours = overlay(image / np.iinfo(image.dtype).max, labels, self.palette)
+            write_image(target.with_name(f"{path.stem}_overlay.png"), colours)
+        return f"Wrote labels and overlays of {len(paths) - len(damaged)} pictures to {options.out}."
 
     # Checkpoints of other formats ------------------------------------------------------------------------------------
 
@@ -254,10 +268,6 @@ class SegmentationTask:
         state_dict = export_mdeq(model)
         write_checkpoint(self.config.export_path, state_dict)
         return f"Wrote {len(state_dict)} tensors to {self.config.export_path}."
-
-
-def _at(sums, k):
-    return sums[0][k], sums[1][k]
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -285,6 +295,11 @@ def _check_settings(config) -> None:
     for name in ("crop", "eval_size"):
         if len(data[name]) != 2:
             raise ValueError(f"data.{name}={data[name]}: give height and width.")
+    if data.name == "shapes":
+        if data.eval_size[0] != data.eval_size[1]:
+            raise ValueError(f"data.eval_size={data.eval_size}: the synthetic images are square.")
+        if min(data.train_images, data.eval_images) < 1:
+            raise ValueError(f"data.train_images={data.train_images}, data.eval_images={data.eval_images}: must be 1 or more.")
     if loss.class_weights and data.name != "cityscapes":
         raise ValueError("loss.class_weights are those of Cityscapes; set it to False for other data.")
     if not 0 <= loss.ohem_threshold <= 1 or loss.ohem_min_kept < 1:

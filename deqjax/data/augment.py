@@ -58,7 +58,9 @@ def random_resized_crop(
             return resize(image[top : top + h, left : left + w], size, size)
     ratio = min(max(W / H, aspect[0]), aspect[1])
     w, h = min(W, round(H * ratio)), min(H, round(W / ratio))
-    return resize(_center(image, h, w), size, size)
+    # Halves are rounded down here, and to even numbers in `_center`: so torchvision does.
+    top, left = (H - h) // 2, (W - w) // 2
+    return resize(image[top : top + h, left : left + w], size, size)
 
 
 def resize_and_center(image: np.ndarray, shorter: int, size: int) -> np.ndarray:

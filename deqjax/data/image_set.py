@@ -103,14 +103,17 @@ def _some(names):
 class FromTFDS:
     """A prepared set of TensorFlow Datasets with `image` and `label`, read without TensorFlow."""
 
-    def __init__(self, source, classes: Sequence[str]):
-        self._source, self.classes = source, classes
+    def __init__(self, source, classes: Sequence[str], name: str):
+        self._source, self.classes, self._name = source, classes, name
 
     def __len__(self):
         return len(self._source)
 
     def __getitem__(self, i):
-        example = self._source[i]
+        try:
+            example = self._source[i]
+        except Exception as error:  # of the image's decoder, or of the file's
+            raise DataError(f"example {i} of {self._name} cannot be read ({error}).") from error
         image = np.asarray(example["image"])
         return np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image, int(example["label"])
 
@@ -129,7 +132,7 @@ def from_tfds(name: str, directory: str | os.PathLike, split: str) -> FromTFDS:
     try:
         builder = tfds.builder(name, data_dir=str(directory))
         source = builder.as_data_source(split=split)
-        return FromTFDS(source, builder.info.features["label"].names)
+        return FromTFDS(source, builder.info.features["label"].names, f"{name}, {split},")
     except Exception as error:  # its own errors are of many types
         raise DataError(
             f"TensorFlow Datasets cannot read {name} in {directory}: {str(error).partition(' Possible')[0]} Prepare it by "

@@ -1,6 +1,7 @@
-"""Batches by number, prepared by threads ahead of their use."""
+"""Batches by number: which items they hold, and threads that prepare them ahead of their use."""
 
 import concurrent.futures
+import functools
 import os
 import time
 import weakref
@@ -10,6 +11,22 @@ from typing import Any
 import numpy as np
 
 Job = Callable[[], Any]
+
+
+def rows_of_batch(seed: int, step: int, n_items: int, batch_size: int) -> np.ndarray:
+    """Which of the items are in training batch `step`, `[batch_size]`.
+
+    Every epoch has an order of its own; what is left at its end of less than a batch is dropped.
+    """
+    epoch, part = divmod(step, n_items // batch_size)
+    return _order(seed, epoch, n_items)[part * batch_size : (part + 1) * batch_size]
+
+
+@functools.lru_cache(maxsize=2)  # batches are prepared across the end of an epoch
+def _order(seed, epoch, n_items):
+    order = np.random.default_rng((seed, epoch)).permutation(n_items)
+    order.flags.writeable = False  # it is shared
+    return order
 
 
 class Prefetch:

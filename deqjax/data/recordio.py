@@ -36,9 +36,9 @@ class RecordImages:
     def __getitem__(self, i):
         name = f"record {i} of {self.path}"
         label, data = _unpack(self._payload(int(self._offsets[i]), name), name)
-        if not 0 <= label < len(self.classes):
-            raise DataError(f"{name}: label {label} is outside 0 to {len(self.classes) - 1}.")
-        return decode_image(data, name), label
+        if not (label.is_integer() and 0 <= label < len(self.classes)):
+            raise DataError(f"{name}: label {label:g} is not one of 0 to {len(self.classes) - 1}.")
+        return decode_image(data, name), int(label)
 
     def _payload(self, offset: int, name: str) -> bytes:
         parts, more = [], True
@@ -61,7 +61,7 @@ class RecordImages:
         return struct.pack("<I", _MAGIC).join(parts)
 
 
-def _unpack(payload: bytes, name: str) -> tuple[int, bytes]:
+def _unpack(payload: bytes, name: str) -> tuple[float, bytes]:
     """The label and the image's file."""
     if len(payload) < _HEADER.size:
         raise DataError(f"{name}: {len(payload)} bytes are too few for an image's header.")
@@ -69,7 +69,7 @@ def _unpack(payload: bytes, name: str) -> tuple[int, bytes]:
     start = _HEADER.size + 4 * count
     if count and len(payload) >= start:
         label = struct.unpack_from("<f", payload, _HEADER.size)[0]
-    return int(label), payload[start:]
+    return label, payload[start:]
 
 
 def record_images(path: str | os.PathLike, n_classes: int) -> RecordImages:

@@ -15,7 +15,7 @@ import numpy as np
 from deqjax.data.digits import digits
 from deqjax.data.errors import DataError
 from deqjax.data.images import image_files, pillow, read_image
-from deqjax.data.prefetch import Prefetch
+from deqjax.data.prefetch import Prefetch, rows_of_batch
 
 
 @runtime_checkable
@@ -56,11 +56,9 @@ class ImageBatches:
         return self._stream.batch(step)
 
     def _jobs(self, step: int) -> list[Callable[[], np.ndarray]]:
-        n, B = len(self.images), self.batch_size
-        epoch, part = divmod(step, n // B)
-        order = np.random.default_rng((self.seed, epoch)).permutation(n)[part * B : (part + 1) * B]
-        mirrored = self.flip & (np.random.default_rng((self.seed, step, 1)).random(B) < 0.5)
-        chosen = zip(order[self._rows], mirrored[self._rows], strict=True)
+        rows = rows_of_batch(self.seed, step, len(self.images), self.batch_size)
+        mirrored = self.flip & (np.random.default_rng((self.seed, step, 1)).random(self.batch_size) < 0.5)
+        chosen = zip(rows[self._rows], mirrored[self._rows], strict=True)
         return [functools.partial(_one, self.images, int(i), bool(flip)) for i, flip in chosen]
 
 

@@ -47,7 +47,8 @@ def export_mdeq(model: MDEQ, dialect: str | None = None) -> dict[str, np.ndarray
     """The model's parameters and running statistics as a state dict.
 
     Args:
-      dialect: "zoo" (`full_stage.`) or "vision" (`fullstage.`); None takes the one that the variant comes from.
+      dialect: "zoo" (`full_stage.`) or "vision" (`fullstage.`, and a segmentation model inside `model.`, as the authors' test
+        tool reads it); None takes the one that the variant comes from.
     """
     dialect = dialect or ("vision" if model.config.normalized == "branches_and_post" else "zoo")
     if dialect not in ("zoo", "vision"):
@@ -55,8 +56,10 @@ def export_mdeq(model: MDEQ, dialect: str | None = None) -> dict[str, np.ndarray
     arrays = export_entries(backbone_entries(model) + head_entries(model))
     counters = {key.removesuffix("running_var") + "num_batches_tracked" for key in arrays if key.endswith("running_var")}
     arrays |= {key: np.zeros((), np.int64) for key in sorted(counters)}
-    stage = "full_stage." if dialect == "zoo" else "fullstage."
-    return {key.replace("full_stage.", stage): value for key, value in arrays.items()}
+    if dialect == "zoo":
+        return arrays
+    outer = "model." if model.config.head == "segmentation" else ""
+    return {outer + key.replace("full_stage.", "fullstage."): value for key, value in arrays.items()}
 
 
 # The tables ----------------------------------------------------------------------------------------------------------
@@ -183,12 +186,11 @@ def describe(state_dict: Mapping[str, np.ndarray]) -> dict:
         )
     n = next(i for i in range(len(kernels)) if block(i, 0, 1) is None)
     blocks = tuple(next(b for b in range(len(kernels)) if block(i, b, 1) is None) for i in range(n))
-    channels = tuple(block(i, 0, 2)[0] for i in range(n))
     found = {
-        "channels": channels,
+        "channels": tuple(block(i, 0, 1)[1] for i in range(n)),
         "inner_channels": tuple(block(i, 0, 1)[0] for i in range(n)),
         "n_blocks": blocks,
-        "big_kernels": tuple((block(i, 0, 1)[2] == 5) + (block(i, 0, 2)[2] == 5) for i in range(n)),
+        "big_kernels": tuple(sum(kernel[2] == 5 for k in (1, 2) if (kernel := block(i, 0, k))) for i in range(n)),
         "in_channels": kernels["downsample.0"][1],
         "block_affine": "full_stage.branches.0.blocks.0.gn1.weight" in arrays,
         "norm_type": _norm_type(arrays),

@@ -15,8 +15,8 @@ from deqjax.data.cifar import cifar10
 from deqjax.data.cityscapes import LABEL_IDS, Cityscapes, label_ids, training_numbers
 from deqjax.data.digits import digits
 from deqjax.data.errors import DataError
-from deqjax.data.image_set import Damaged, ImageArrays, class_folders
-from deqjax.data.prefetch import Prefetch, stacked
+from deqjax.data.image_set import Damaged, FromTFDS, ImageArrays, class_folders
+from deqjax.data.prefetch import Prefetch, rows_of_batch, stacked
 from deqjax.data.recordio import record_images
 from deqjax.data.shapes import Shapes
 
@@ -103,6 +103,15 @@ def test_prepared_sets_of_tfds_are_read_without_tensorflow(tmp_path):
         assert cifar10(tmp_path, "test").images.shape == (7, 32, 32, 3)
 
 
+def test_an_example_that_tfds_cannot_decode_is_named():
+    def decode(i):
+        raise RuntimeError("Not a JPEG file")
+
+    images = FromTFDS(type("Source", (), {"__getitem__": lambda self, i: decode(i)})(), ("a",), "imagenet2012, train,")
+    with pytest.raises(DataError, match=r"example 3 of imagenet2012, train, cannot be read \(Not a JPEG file\)"):
+        images[3]
+
+
 # Folders and records -------------------------------------------------------------------------------------------------
 
 
@@ -186,9 +195,12 @@ def test_records_are_read_whole_split_and_with_several_labels(tmp_path):
 
 
 def test_damaged_records_are_named(tmp_path):
-    write_records(tmp_path / "a.rec", [(3.0, encoded(random_images(1, 16)[0])), (12.0, b"no picture"), (2.0, b"no picture")])
+    items = [(3.0, encoded(random_images(1, 16)[0])), (12.0, b"no picture"), (2.0, b"no picture"), (float("nan"), b"")]
+    write_records(tmp_path / "a.rec", items)
     found = record_images(tmp_path / "a.rec", 10)
-    with pytest.raises(DataError, match=r"record 1 of .*label 12 is outside 0 to 9"):
+    with pytest.raises(DataError, match=r"record 3 of .*label nan is not one of"):
+        found[3]
+    with pytest.raises(DataError, match=r"record 1 of .*label 12 is not one of 0 to 9"):
         found[1]
     with pytest.raises(DataError, match=r"record 2 of .*no picture that can be read"):
         found[2]
@@ -294,6 +306,9 @@ def test_a_resized_crop_keeps_to_its_area_and_aspect():
     # Nothing of that shape fits: the largest central part.
     strip = augment.random_resized_crop(image[:10], np.random.default_rng(0), 16, (0.9, 1.0), (1.0, 1.0))
     assert strip[..., 1].min() >= 114 and strip[..., 1].max() <= 125
+    # Where the middle falls between two pixels, it is the first of them.
+    middle = augment.random_resized_crop(image[:1, :4], np.random.default_rng(0), 1, (9.0, 9.0), (1.0, 1.0))
+    np.testing.assert_array_equal(middle, image[:1, 1:2])
 
 
 def test_the_centre_of_a_resized_image():
@@ -344,6 +359,12 @@ def numbered(step):
         return {"x": np.random.default_rng((step, row)).normal(size=3), "n": np.int32(step)}
 
     return [lambda row=row: job(row) for row in range(4)]
+
+
+def test_an_epoch_holds_every_item_once_in_an_order_of_its_own():
+    epochs = [np.concatenate([rows_of_batch(3, 2 * epoch + part, 9, 4) for part in (0, 1)]) for epoch in (0, 1)]
+    assert all(len(set(rows)) == 8 and set(rows) <= set(range(9)) for rows in epochs)
+    assert not np.array_equal(*epochs) and not np.array_equal(rows_of_batch(4, 0, 9, 4), rows_of_batch(3, 0, 9, 4))
 
 
 @pytest.mark.parametrize("threads", [0, 1, 5])

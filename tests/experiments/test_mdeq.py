@@ -11,18 +11,17 @@ from PIL import Image
 
 from benchmarks import mdeq_step
 from configs import mdeq_cifar10, mdeq_cityscapes, mdeq_digits, mdeq_imagenet, mdeq_shapes
+from deqjax.data.errors import DataError
+from deqjax.models.mdeq import MDEQConfig
 from deqjax.nn.config import DEQConfig
-from deqjax.training.mesh import place_batch
-from deqjax.training.step import prepare, step_function
+from experiments.image_batches import skipped
 from experiments.image_pictures import overlay, voc_palette
-from experiments.image_training import TRAINING, forward, jacobian_weight
+from experiments.image_training import TRAINING, forward, jacobian_weight, regularises
 from experiments.mdeq_classify import ClassificationTask
 from experiments.mdeq_classify import main as classify
 from experiments.mdeq_segment import SegmentationTask
 from experiments.mdeq_segment import main as segment
 from tests.data.test_image_sets import write_cityscapes, write_folders
-from tests.training.lowering import lowers_everywhere
-from tests.training.meshes import loss_and_gradient, mesh_of
 
 # Everything small, plain steps, one step for the gradient: what compiles fastest.
 TINY = {
@@ -94,6 +93,12 @@ def test_one_solve_gives_the_accuracy_at_every_number_of_steps(trained_classifie
     np.testing.assert_allclose(rows[-1]["loss"], test["test/loss"], rtol=1e-5)
     np.testing.assert_allclose(rows[-1]["residual"], test["test/forward/rel"], rtol=1e-4)
     assert "3  accuracy" in capsys.readouterr().out
+    for flag, message in (
+        ("steps=(3,2)", "must be numbers that increase"),
+        ("split=tset", "must be one of train, valid, test"),
+    ):
+        assert classify([*run, "--mode=anytime", f"--config.anytime.{flag}"]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_exported_weights_come_back(trained_classifier, tmp_path, capsys):
@@ -147,6 +152,22 @@ def test_pictures_of_any_size_are_labelled(trained_segmenter, tmp_path, capsys):
     assert "config.predict.folder is empty" in capsys.readouterr().err
 
 
+def test_damaged_pictures_are_named_and_folders_below_kept_apart(trained_segmenter, tmp_path, capsys):
+    _, run = trained_segmenter
+    for place in ("a", "b"):
+        (tmp_path / "in" / place).mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "in" / place / "same.png")
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no picture")
+    predict = [*run, "--mode=predict", f"--config.predict.folder={tmp_path / 'in'}", f"--config.predict.out={tmp_path / 'out'}"]
+    assert segment(predict) == 0
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*_labels.png")) == [
+        "a/same_labels.png",
+        "b/same_labels.png",
+    ]
+    out = capsys.readouterr().out
+    assert "broken.jpg is no picture" in out and "of 2 pictures" in out
+
+
 def test_overlays_and_palettes():
     image, labels = np.full((2, 2, 1), 0.5), np.asarray([[0, 1], [255, 1]])
     out = overlay(image, labels, np.asarray([[255, 0, 0], [0, 255, 0]]), alpha=0.5)
@@ -163,6 +184,7 @@ def test_the_weight_of_the_jacobian_term_follows_the_published_schedule():
     training = TRAINING | {"pretrain_steps": 5, "pretrain_jac_loss_weight": 0.03, "jac_stop_step": 40}
     weights = [float(jacobian_weight(deq, training, jnp.asarray(step))) for step in (0, 4, 5, 14, 15, 26, 39, 40)]
     np.testing.assert_allclose(weights, [0.03, 0.03, 2.0, 2.0, 2.1, 2.2, 2.3, 0.0], rtol=1e-6)
+    assert regularises(DEQConfig(jac_incremental=10), TRAINING) and not regularises(DEQConfig(), TRAINING)
 
 
 def test_the_unrolled_phase_ends_and_regularised_steps_vary_their_budget():
@@ -184,34 +206,6 @@ def test_the_unrolled_phase_ends_and_regularised_steps_vary_their_budget():
     assert 0 < regularised.sum() < 11
     assert set(taken[~regularised]) == {4.0} and set(taken[regularised]) <= {1.0, 2.0, 3.0, 4.0, 5.0}
     assert len(set(taken[regularised])) > 1
-
-
-# Devices -------------------------------------------------------------------------------------------------------------
-
-
-def test_eight_devices_compute_what_one_does():
-    """The statistics of batch normalisation among the rest."""
-    task = ClassificationTask(configured(mdeq_digits, DIGITS))
-    expected = loss_and_gradient(task, mesh_of((1, 1, 1)))
-    assert any("mean" in path for path in expected)
-    for path, array in loss_and_gradient(task, mesh_of((8, 1, 1))).items():
-        scale = np.max(np.abs(expected[path]), initial=1e-2)
-        np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-5 * scale, err_msg="/".join(path))
-
-
-@pytest.mark.parametrize("segments", [False, True])
-def test_training_and_evaluation_lower_for_every_platform(segments):
-    task = (
-        SegmentationTask(configured(mdeq_shapes, SHAPES)) if segments else ClassificationTask(configured(mdeq_digits, DIGITS))
-    )
-    mesh = mesh_of((2, 2, 2))
-    batch = place_batch(mesh, task.data("train").batch(0))
-    program = prepare(task, task.config, mesh, batch)
-    lowers_everywhere(step_function(task, task.config, program, 1), program.shapes, batch)
-    model = nnx.eval_shape(lambda: task.model(nnx.Rngs(0)))
-    graph, state = nnx.split(model)
-    evaluation = next(iter(task._evaluation("test")))
-    lowers_everywhere(lambda state, batch: task._metrics(graph, state, batch), state, evaluation)
 
 
 @pytest.mark.slow
@@ -246,7 +240,7 @@ def test_damaged_images_are_replaced_in_training_and_do_not_count_in_evaluation(
         assert batch["images"].shape == (2, 32, 32, 3) and batch["labels"].shape == (2,)
         for name, array in task.data("train").batch(step).items():
             np.testing.assert_array_equal(array, batch[name])
-    batches = list(task._evaluation("test"))
+    batches = list(task.evaluation("test"))
     np.testing.assert_array_equal(np.concatenate([b["counted"] for b in batches]), [True, True, True, False, False, False])
     assert len(task.damaged["test"]) == len(task.damaged["train"]) == 1
     assert "n02/1.JPEG" in capsys.readouterr().out
@@ -261,10 +255,13 @@ def test_cityscapes_is_cropped_in_training_and_whole_in_evaluation(tmp_path):
     task = SegmentationTask(config)
     batch = task.data("train").batch(0)
     assert batch["images"].shape == (2, 32, 64, 3) and set(np.unique(batch["labels"])) <= {0, 13, 18, 255}
-    (first, _) = task._evaluation("test")
+    (first, _) = task.evaluation("test")
     assert first["images"].shape == (1, 64, 128, 3) and first["counted"][0]
     config.data.eval_size = (32, 64)
-    assert not any(batch["counted"][0] for batch in SegmentationTask(config)._evaluation("test"))
+    task = SegmentationTask(config)
+    assert not any(batch["counted"][0] for batch in task.evaluation("test"))
+    with pytest.raises(DataError, match=r"none of 2 images could be evaluated; the first: .*data.eval_size=\(32, 64\)"):
+        skipped(task.damaged["test"], 2)
 
 
 @pytest.mark.parametrize(
@@ -296,11 +293,19 @@ def test_settings_of_classification_that_cannot_be_are_refused(settings, message
             "experiments.mdeq_classify",
         ),
         ({"data.augment": "crop"}, "data.augment='crop'"),
+        ({"data.eval_size": (16, 32), "data.crop": (16, 32)}, "the synthetic images are square"),
+        ({"data.crop": (8, 8)}, r"data.crop=\(8, 8\): without data.augment"),
+        ({"data.eval_images": 0}, "data.eval_images=0: must be 1 or more"),
     ],
 )
 def test_settings_of_segmentation_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SegmentationTask(configured(mdeq_shapes, SHAPES | settings))
+
+
+def test_every_field_of_the_network_and_of_training_is_on_the_command_line():
+    assert set(mdeq_cifar10.FIELDS) == set(MDEQConfig.__dataclass_fields__)
+    assert mdeq_cifar10.base().training.to_dict() == TRAINING
 
 
 RECIPES = [(mdeq_cifar10, v) for v in mdeq_cifar10.VARIANTS] + [(mdeq_imagenet, v) for v in mdeq_imagenet.VARIANTS]

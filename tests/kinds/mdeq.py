@@ -9,6 +9,7 @@ from flax import nnx
 from deqjax.core.correction import fixed_point_correction
 from deqjax.core.solve import solve
 from deqjax.core.solvers.torchdeq import torchdeq_solver
+from deqjax.data.cityscapes import CLASS_WEIGHTS
 from deqjax.interop.mdeq import backbone_entries, canonical, export_mdeq, head_entries, load_mdeq
 from deqjax.models.mdeq import MDEQ, MDEQConfig, resize_bilinear, run_blocks, transform
 from deqjax.models.mdeq.cell import repeat_pixels
@@ -356,13 +357,7 @@ def check_vision(case: Case, sub=None):
 
 def segmentation_loss(logits, labels):
     logits = resize_bilinear(logits, labels.shape[1:3], align_corners=True)
-    return cross_entropy(logits, labels, weights=jnp.asarray(CITYSCAPES_WEIGHTS))
-
-
-CITYSCAPES_WEIGHTS = (
-    *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023, 0.9539, 0.9843, 1.1116, 0.9037),
-    *(1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
-)
+    return cross_entropy(logits, labels, weights=jnp.asarray(CLASS_WEIGHTS))
 
 
 # Metrics, losses, schedules and resizing -----------------------------------------------------------------------------

@@ -225,6 +225,9 @@ def test_export_speaks_either_dialect_with_every_counter():
     assert any(key.startswith("fullstage.") for key in exported) and not any("full_stage" in key for key in exported)
     assert exported["downsample.1.num_batches_tracked"].dtype == np.int64
     assert canonical(exported).keys() == canonical(export_mdeq(model, "zoo")).keys()
+    # The authors' test tool takes the first six letters off every key of a segmentation model.
+    segmenter = export_mdeq(tiny("segmentation", normalized="branches_and_post"))
+    assert all(key.startswith("model.") for key in segmenter) and "model.last_layer.3.bias" in segmenter
     with pytest.raises(ValueError, match="dialect='torch'"):
         export_mdeq(model, "torch")
 
@@ -270,6 +273,10 @@ def test_published_variants_are_recognised():
     graph, state = nnx.split(shapes)
     found = describe(export_mdeq(nnx.merge(graph, jax.tree.map(lambda x: np.zeros(x.shape, np.float32), state))))
     assert published_as(found) == ["cifar10_tiny"]
+    # What is missing is named, wherever it is.
+    part = {key: value for key, value in export_mdeq(tiny()).items() if "branches.1.blocks.0.conv2" not in key}
+    with pytest.raises(StateDictError, match=r"missing: full_stage\.branches\.1\.blocks\.0\.conv2"):
+        load_mdeq(fresh(tiny()), part)
     with pytest.raises(StateDictError, match="of no multiscale model"):
         describe({"word_emb.weight": np.zeros((2, 2))})
 

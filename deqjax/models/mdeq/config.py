@@ -33,7 +33,8 @@ class MDEQConfig:
       init_normalized: let "normal" reach the weight-normalised kernels as well. In the originals it misses them: they keep
         the uniform distribution.
       batch_norm_momentum: of the batch normalisations in stem and head.
-      dtype: "bfloat16" for the convolutions; normalisation, sums and the state stay in float32.
+      dtype: "bfloat16" for the convolutions and what passes between them in stem and head; all normalisation, and the sums and
+        the state of f, stay in float32.
     """
 
     head: str
