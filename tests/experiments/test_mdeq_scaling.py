@@ -32,11 +32,10 @@ def test_every_mesh_segments_as_one_device_does():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make_task", [digits, shapes])
-def test_a_run_moves_from_eight_devices_to_two_to_one(make_task, tmp_path, monkeypatch):
+def test_a_run_moves_from_eight_devices_to_two_to_one(tmp_path, monkeypatch):
     def without_pictures():
         # Other schedules would follow the number of steps.
-        task = make_task(**{"optimizer.schedule": "constant"})
+        task = digits(**{"optimizer.schedule": "constant"})
         task.show = None
         return task
 
