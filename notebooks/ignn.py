@@ -7,7 +7,8 @@
 # implicit graph network ([IGNN](https://arxiv.org/abs/2009.06211)) asks for the fixed point of one such layer, in which all
 # hops are in. The test for it is a chain whose class only the first node knows. You will train both kinds, see up to which
 # node each still knows the answer, and watch the information travel along the chain, one node a step, while the fixed point
-# is being found. About half a minute of CPU time; on an accelerator the chains are longer and the training is that of the recipe.
+# is being found. About half a minute of CPU time; on an accelerator the chains are longer and the training is that of the
+# recipe.
 
 # %%
 # Installs deqjax where it is missing, as on Colab, and says what this machine has.
