@@ -166,7 +166,8 @@ print(f"{psnr(np.mean((original - pictures[-1]) ** 2)):.2f} dB with {weights:,} 
 # ## Zooming in
 #
 # The network takes any coordinates, not only those of pixels. Here is the head of the cameraman: the pixels that were fitted,
-# the network on a grid finer than these, and the photograph at its full resolution, which the network has never seen.
+# the network on a grid finer than these, and the photograph at its full resolution, of which the network has seen those
+# pixels alone.
 
 # %%
 photo, step = photograph("camera")[..., 0] / 255, config.data.step
