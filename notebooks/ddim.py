@@ -125,7 +125,7 @@ print(f"largest difference of a pixel, on a scale from -1 to 1: {np.abs(at_once.
 # parallel one, its image after every iteration. Both begin with the same noise and end with the same digit.
 
 # %%
-few, chain = x_T[:3], parallel.chain
+few, chain = x_T[0:12:4], parallel.chain
 
 
 def in_parallel(model, x):
@@ -141,7 +141,7 @@ calls, T = int(solution.calls), len(chain)
 states = np.asarray(parallel.compiled(in_sequence)(few).trajectory)  # [images, T, height, width, 1]
 images = np.asarray(solution.record.images)[:calls]  # [iterations, images, ...]
 
-frames = 14
+frames = min(14, calls)
 at_call, at_iteration = (np.linspace(0, n - 1, frames).round().astype(int) for n in (T, calls))
 strip = np.stack([states[:, at_call], np.moveaxis(images[at_iteration], 0, 1)], axis=1)
 show(strip.reshape(-1, *strip.shape[3:]), frames, 12, xlabel=f"call 1 ... {T} above, iteration 1 ... {calls} below")
