@@ -7,6 +7,7 @@ import pytest
 
 from deqjax import Picard, fixed_point
 from deqjax.viz import plot_convergence
+from experiments.pyplot import pyplot
 
 matplotlib.use("Agg")
 
@@ -30,3 +31,14 @@ def test_what_cannot_be_drawn_is_explained():
     stats = fixed_point(lambda z: z, jnp.zeros((2, 2)), solver=Picard(max_steps=3)).stats
     with pytest.raises(ValueError, match="mode='both'"):
         plot_convergence(stats, mode="both")
+
+
+@pytest.mark.parametrize("chosen, kept", [("module://matplotlib.backends.backend_svg", True), ("svg", False)])
+def test_the_experiments_pictures_leave_a_notebooks_backend_alone(chosen, kept, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", chosen)
+    matplotlib.use(chosen)
+    try:
+        pyplot()
+        assert matplotlib.get_backend() == (chosen if kept else "agg")
+    finally:
+        matplotlib.use("agg")
