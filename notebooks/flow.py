@@ -4,10 +4,10 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/deqjax/deqjax/blob/main/notebooks/flow.ipynb)
 #
 # Optical flow says for every pixel of a frame where it is in the next one. [DEQ-Flow](https://arxiv.org/abs/2204.08442) finds
-# it as the fixed point of an update that looks up how well the frames match, and corrects. You will train a small one on
-# photographs that were warped by known fields, see flow and error on photographs that it has not seen, and then follow a
-# moving camera: between frames little changes, so a solve that begins at the last pair's solution needs fewer steps. About a
-# minute and a half of CPU time, in which little can be learnt; on an accelerator the training is that of the recipe.
+# it as the fixed point of an update that looks up how well the frames match, and corrects. You will see flow and error on
+# photographs that a small one has not seen in training, and then follow a moving camera: between frames little changes, so a
+# solve that begins at the last pair's solution needs fewer steps. Half a minute of CPU time, with weights that come along; on an
+# accelerator you train them first.
 
 # %%
 # Installs deqjax where it is missing, as on Colab, and says what this machine has.
@@ -38,11 +38,9 @@ print(f"{n_devices} x {platform.upper()} ({jax.devices()[0].device_kind}); a bat
 # %% [markdown]
 # ## The data and the model
 #
-# The recipe is `configs/flow_warped_photos.py`. If you have trained it (`python -m experiments.deq_flow --config
-# configs/flow_warped_photos.py`), its weights are used. Otherwise it is trained here: as the recipe says on an accelerator;
-# on a CPU on smaller frames and for a small part of its steps, after which it has hardly begun to learn. There the pictures
-# show how such a model is used, and not what it can do; train the recipe first to see that, it takes minutes (docs/flow.md),
-# and come back.
+# The recipe is `configs/flow_warped_photos.py`: photographs warped by known fields. If you have trained it (`python -m
+# experiments.deq_flow --config configs/flow_warped_photos.py`), its weights are used. Otherwise an accelerator trains it here,
+# and a CPU, which takes minutes for that (docs/flow.md), takes weights that were trained so and rounded to 16 bits.
 
 # %%
 import itertools
@@ -58,10 +56,8 @@ from deqjax.training.checkpoint import committed_steps
 from deqjax.training.loop import train
 from deqjax.training.start import trained_model
 from experiments.deq_flow import FlowTask
-from experiments.flow_data import evaluation_set, zero_flow_epe
 from experiments.flow_evaluation import carried_on, estimator
 from experiments.flow_warm_start import LEVELS, glide, residuals, steps_to
-from experiments.report import read_run
 
 # Accelerators round products to few bits unless told not to, and a fixed point is no closer than what f is rounded to.
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -73,51 +69,29 @@ if not is_trained:
     workdir = Path(tempfile.mkdtemp())
     config.data.batch_size = -(-config.data.batch_size // n_devices) * n_devices  # as the devices share evenly
     if platform == "cpu":
-        config.data.size, config.data.crop = (64, 80), (56, 72)
-        config.data.n_train, config.data.n_valid = 100, 8
-        config.deq.f_max_iter, config.deq.n_states, config.deq.eval_f_max_iter = 6, 2, 12
-        config.steps, config.eval_every, config.log_every, config.checkpoint_every = 80, 0, 5, 0
-        config.optimizer.max_steps, config.optimizer.learning_rate = config.steps + 100, 1e-3
+        config.init_from = "notebooks/flow_warped_photos.safetensors"
+        config.data.n_train, config.data.n_valid = 1, 8  # pairs to write
 config.viz.steps = (1, 2, 4, 8, 16, 40)  # at which to draw the error
 task = FlowTask(config)
 
 # %% [markdown]
-# ## Training
-#
 # The loss is taken at several states on the way to the fixed point, each with the gradient of one step.
 
 # %%
-if not is_trained:
+if not is_trained and not config.init_from:
     train(task, config, workdir)
 model = trained_model(task, config, workdir)
 
 # %% [markdown]
-# The end-point error during training: the mean distance in pixels between estimated and true vectors. Dashed, the error of
-# saying that nothing moves, on the photographs for validation.
-
-# %%
-curves, _ = read_run(workdir)
-still = zero_flow_epe(evaluation_set("warped_photos", config.data))
-figure, ax = plt.subplots(figsize=(7, 3))
-ax.plot(*curves["train/epe"], label="training")
-ax.plot(*curves["valid/epe"], marker="o", linestyle="", label="other photographs")
-ax.axhline(still, color="grey", linestyle="--", linewidth=1, label="nothing moves")
-ax.set(xlabel="training step", ylabel="end-point error (pixels)", ylim=(0, None))
-ax.legend()
-plt.show()
-
-# %% [markdown]
 # ## Flow on photographs that training never showed
 #
-# The run itself draws pairs from two photographs kept for validation. Hue is the direction of the flow, saturation its
+# Pairs from two photographs kept for validation. Hue is the direction of the flow, saturation its
 # length; where the truth is unknown, because a pixel leaves the frame, it is black. Look whether the colours of the estimate
 # are those of the truth.
 
 # %%
-folder = workdir
-if is_trained:
-    folder = Path(tempfile.mkdtemp())
-    task.show(model, folder)
+folder = Path(tempfile.mkdtemp())
+task.show(model, folder)
 plt.figure(figsize=(12, 7))
 plt.imshow(plt.imread(folder / "samples.png"))
 plt.axis("off")
@@ -139,13 +113,12 @@ plt.show()
 print(f"solver steps in training: {config.deq.f_max_iter}")
 
 # %% [markdown]
-# A trained model has its flow after a few steps; the residual goes on falling, the error stays, for the flow is at rest.
-# Where training has hardly begun the residual falls as well: a fixed point is only as good as what was learnt.
+# The model has its flow after a few steps; the residual goes on falling, the error stays, for the flow is at rest.
 #
 # ## A clip
 #
 # The camera glides over a photograph and turns slowly. Each pair begins at the hidden state and the flow of the pair before.
-# Of a trained model all pictures of the lower row have nearly one colour, that of the direction in which the picture moves.
+# All pictures of the lower row have nearly one colour, that of the direction in which the picture moves.
 
 # %%
 clip = glide(9, tuple(config.data.size), motion=0.4 * config.data.motion)
