@@ -6,8 +6,8 @@
 # Optical flow says for every pixel of a frame where it is in the next one. [DEQ-Flow](https://arxiv.org/abs/2204.08442) finds
 # it as the fixed point of an update that looks up how well the frames match, and corrects. You will see flow and error on
 # photographs that a small one has not seen in training, and then follow a moving camera: between frames little changes, so a
-# solve that begins at the last pair's solution needs fewer steps. Half a minute of CPU time, with weights that come along; on an
-# accelerator you train them first.
+# solve that begins at the last pair's solution needs fewer steps. Less than a minute of CPU time, with weights that come along;
+# on an accelerator you train them first.
 
 # %%
 # Installs deqjax where it is missing, as on Colab, and says what this machine has.
