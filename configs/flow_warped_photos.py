@@ -4,7 +4,7 @@
     python -m experiments.deq_flow --config configs/flow_warped_photos.py --mode viz
 
 The set is written to `data.dir` on first use, see `deqjax/data/warped_photos.py`. Zero flow has an EPE of 9.52 on the held-out
-pairs; expect 1.6 at the end, and 2.1 half-way, after 6 minutes of CPU time (docs/flow.md).
+pairs; expect 1.6 at the end, after 7 minutes, and 2.1 half-way (docs/flow.md).
 """
 
 import ml_collections
