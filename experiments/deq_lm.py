@@ -150,15 +150,21 @@ class LanguageModelTask:
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: StreamingModel, split: str = "valid", solver_options: dict | None = None) -> dict[str, float]:
-        """Token-weighted mean nll over a split, with the memory carried through it; and how the solves went."""
+        """Token-weighted mean nll over a split, with the memory carried through it; and how the solves went.
+
+        Args:
+          solver_options: see `DEQ`; another `f_limit` or `f_tol` compiles nothing anew.
+        """
         batches, config, mesh = self.data(split), self.config.data, make_mesh(self.config.get("mesh"))
         graph, state = nnx.split(model.lm)
         memory = Memory.empty(config.eval_batch_size, config.eval_mem_len, self.architecture.d_model)
         memory = Memory(**place_whole(mesh, memory._asdict()))
-        options, results = tuple(sorted((solver_options or {}).items())), []
+        options, results = dict(solver_options or {}), []
+        traced = {name: options.pop(name) for name in ("f_limit", "f_tol") if name in options}
+        options = tuple(sorted(options.items()))
         for k in range(batches.n_segments):
             batch = place_whole(mesh, batches.batch(k))
-            metrics, memory = self._evaluate_segment(graph, options, state, memory, batch["tokens"], batch["targets"])
+            metrics, memory = self._evaluate_segment(graph, options, traced, state, memory, batch["tokens"], batch["targets"])
             results.append(metrics)
         # Fetched at the end, so that no segment waits for the host.
         sums = Sums()
@@ -167,10 +173,10 @@ class LanguageModelTask:
         report = sums.means()
         return {"loss": report["loss"], "perplexity": float(np.exp(report["loss"]))} | report
 
-    def _segment(self, graph, solver_options, state, memory: Memory, tokens, targets):
+    def _segment(self, graph, options, traced, state, memory: Memory, tokens, targets):
         """Metrics of one segment, and the memory for the next."""
         lm = nnx.merge(graph, state)
-        out = lm(tokens, memory, z_init=self._start(memory, tokens), solver_options=dict(solver_options))
+        out = lm(tokens, memory, z_init=self._start(memory, tokens), solver_options=dict(options) | traced)
         nll = jnp.sum(lm.nll(out.states, targets))
         metrics = {"loss": (nll, jnp.asarray(targets.size, nll.dtype)), **_vitals(out.stats)}
         if out.spectral_radius is not None:
