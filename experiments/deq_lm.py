@@ -70,6 +70,7 @@ class LanguageModelTask:
         self.deq = DEQConfig.from_config(config.deq)
         self.architecture = TransformerConfig(n_tokens=len(self.corpus.vocab), **config.model)
         self._evaluate_segment = jax.jit(self._segment, static_argnums=(0, 1))
+        self._next_token = jax.jit(self._advance, static_argnums=(0, 1))
         self.items_per_step = ("tokens", config.data.batch_size * config.data.length)
         self.fingerprint = self.corpus.vocab.fingerprint()
         self.deq.eval_budget()
@@ -212,18 +213,6 @@ class LanguageModelTask:
         options, config = self.config.generate, self.architecture
         graph, state = nnx.split(model.lm)
         capacity = self.config.data.eval_mem_len
-
-        @jax.jit
-        def advance(state, memory, z, token, key):
-            lm = nnx.merge(graph, state)
-            out = lm(token[None, None], memory, z_init=z)
-            logits = lm.log_prob(out.states[-1])[0, 0] / max(options.temperature, 1e-6)
-            if options.top_k:
-                floor = jax.lax.top_k(logits, min(options.top_k, logits.shape[0]))[0][-1]
-                logits = jnp.where(logits >= floor, logits, -jnp.inf)
-            memory = memory.append(out.states[-1], out.injection.u, capacity)
-            return jax.random.categorical(key, logits), out.states[-1], memory
-
         prompt = self.corpus.vocab.encode(options.prompt.split())
         mesh = make_mesh(self.config.get("mesh"))
         memory = Memory(**place_whole(mesh, Memory.empty(1, capacity, config.d_model)._asdict()))
@@ -232,10 +221,22 @@ class LanguageModelTask:
         for n in range(len(tokens) - 1 + options.n_tokens):
             # An unrolled cell has no equilibrium to start from.
             z = cold if config.norm == "pre" else z
-            token, z, memory = advance(state, memory, z, jnp.asarray(tokens[n]), jax.random.fold_in(key, n))
+            draw = options.temperature, jax.random.fold_in(key, n)
+            token, z, memory = self._next_token(graph, options.top_k, state, memory, z, jnp.asarray(tokens[n]), *draw)
             if n + 1 >= len(tokens):
                 tokens.append(int(token))
         return self.corpus.vocab.decode(tokens[1:]).replace(" <eos> ", "\n").replace("<eos>", "\n")
+
+    def _advance(self, graph, top_k, state, memory: Memory, z, token, temperature, key):
+        """A token to follow `token`, the state of `token`, and the memory with that."""
+        lm = nnx.merge(graph, state)
+        out = lm(token[None, None], memory, z_init=z)
+        logits = lm.log_prob(out.states[-1])[0, 0] / jnp.maximum(temperature, 1e-6)
+        if top_k:
+            floor = jax.lax.top_k(logits, min(top_k, logits.shape[0]))[0][-1]
+            logits = jnp.where(logits >= floor, logits, -jnp.inf)
+        memory = memory.append(out.states[-1], out.injection.u, self.config.data.eval_mem_len)
+        return jax.random.categorical(key, logits), out.states[-1], memory
 
 
 def _check_settings(config) -> None:
