@@ -4,7 +4,7 @@ from deqjax.training.errors import UserError
 
 
 def pyplot():
-    """`matplotlib.pyplot`, without windows.
+    """`matplotlib.pyplot`, without windows. A notebook goes on drawing into its page.
 
     Raises:
       UserError: Matplotlib is not installed.
@@ -13,7 +13,8 @@ def pyplot():
         import matplotlib
     except ImportError as error:
         raise UserError('pictures need Matplotlib: pip install "deqjax[viz]"') from error
-    matplotlib.use("agg")
+    if "inline" not in matplotlib.get_backend():
+        matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     return plt
