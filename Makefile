@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 demo: .venv/train
 	$(BIN)/python -m experiments.deq_lm --config configs/pydoc.py --workdir runs/pydoc
@@ -15,6 +15,10 @@ test: .venv/test lint
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every notebooks/*.ipynb from the .py beside it.
+notebooks: .venv/test
+	$(BIN)/python -m tests.notebooks
 
 # A stamp per extra; remade when the requirements change.
 .venv/%: setup.cfg pyproject.toml

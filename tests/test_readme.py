@@ -23,3 +23,5 @@ def test_every_config_and_module_named_exists():
         assert (ROOT / "experiments" / f"{module}.py").is_file(), module
     for target in re.findall(r"^make (\w+)", TEXT, re.M):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+    for link in re.findall(r"\]\(([\w./]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
