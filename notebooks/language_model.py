@@ -5,8 +5,8 @@
 #
 # The DEQ transformer reads the Python manual, which every CPython carries: nothing is downloaded. You see it learn, how hard
 # its equilibria are to find, what it writes, and how its perplexity depends on the number of solver steps. If `make demo` was
-# run in this checkout, its model is used; otherwise a small one is trained here, about a minute on two CPU cores, and the full
-# recipe on an accelerator.
+# run in this checkout, its model is used; otherwise a small one is trained here, in about a minute on two CPU cores, and the
+# full recipe on an accelerator.
 
 # %%
 # Installs deqjax where it is missing, as on Colab, and says what this machine has.
@@ -140,8 +140,9 @@ for prompt, temperature in (("The following", 0.5), ("The following", 1.0)):
     print(f"--- {prompt!r}, temperature {temperature}\n{task.generate(model)}\n")
 
 # %% [markdown]
-# At a low temperature the likely words come again and again; at a high one the rare ones too. A model as small, trained as
-# briefly, knows how the manual sounds and little of what it says.
+# At a low temperature the likely words come again and again, at a high one the rare ones too. How much of the manual's language
+# is in the text depends on how long the model was trained: the few steps that a CPU takes here teach it which signs are common,
+# the recipe's own number of steps gives sentences.
 #
 # ## Perplexity against solver steps
 #

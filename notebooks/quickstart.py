@@ -157,8 +157,8 @@ plt.show()
 #
 # ## When the map does not contract
 #
-# Now a map whose behaviour is known: rotate the state and stretch it by a gain, `z -> gain * (z R) + x`. Below a gain of 1
-# plain iteration converges, above it does not. Each sample has its own gain; look at what each is told.
+# Now a map whose behaviour is known: turn the state and stretch it by a gain, `z -> gain * (z R) + x` with an orthogonal `R`.
+# Below a gain of 1 plain iteration converges, above it does not. Each sample has its own gain; look at what each is told.
 
 # %%
 from deqjax import Status, spectral_radius
@@ -187,8 +187,8 @@ plt.show()
 # met this would go on with the best state seen. `spectral_radius` tells the same of any map at any state: it is the factor by
 # which plain iteration shrinks or grows an error in the long run.
 #
-# The advice names another solver. A rotation has no eigenvalue 1, so that the fixed points exist whatever the gain, and a
-# method that combines past evaluations finds them:
+# The advice names other solvers. Unless the gain is exactly 1 there is a fixed point, and a method that combines past
+# evaluations finds it:
 
 # %%
 accelerated = fixed_point(stretch, jnp.zeros_like(inputs), solver=Anderson(max_steps=80, memory=8, tol=1e-5)).stats
@@ -264,8 +264,9 @@ axes[2].set_title("test images")
 plt.show()
 
 # %% [markdown]
-# The layer learns, and the picture in the middle says what its solves cost meanwhile. Nothing here keeps the weights from
-# growing until solves reach their limit; the usual remedies, a penalty on the Jacobian and normalised weights, are in
+# The layer learns, and the picture in the middle says what its solves cost meanwhile. In the last one the line is the median of
+# the images that are not solved yet, so that its end belongs to the hardest alone. Nothing here keeps the weights from growing
+# until solves reach their limit; the usual remedies, a penalty on the Jacobian and normalised weights, are in
 # [your_own_deq](your_own_deq.ipynb).
 #
 # Where to go on: [a layer of your own](your_own_deq.ipynb), [a language model](language_model.ipynb), [many devices and

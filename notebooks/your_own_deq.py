@@ -264,7 +264,7 @@ for axis, metric in zip(axes, ("loss", "steps"), strict=True):
     for name, history in histories.items():
         axis.plot(history[metric], label=name, linewidth=1)
     axis.set_xlabel("training step")
-    axis.legend()
+axes[0].legend()
 axes[0].set_ylabel("cross entropy")
 axes[1].set_ylabel("evaluations of f, mean of the batch")
 plt.show()
