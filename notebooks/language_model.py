@@ -95,7 +95,7 @@ panels = {
 }
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.5), layout="constrained")
 for axis, (label, names) in zip(axes, panels.items(), strict=True):
-    for name in names:
+    for name in filter(curves.__contains__, names):
         axis.plot(*curves[name], marker="." if len(curves[name][0]) < 30 else None, label=name)
     axis.set_xlabel("training step")
     axis.set_ylabel(label)
@@ -141,8 +141,8 @@ for prompt, temperature in (("The following", 0.5), ("The following", 1.0)):
 
 # %% [markdown]
 # At a low temperature the likely words come again and again, at a high one the rare ones too. How much of the manual's language
-# is in the text depends on how long the model was trained: the few steps that a CPU takes here teach it which signs are common,
-# the recipe's own number of steps gives sentences.
+# is in the text depends on how long the model was trained: the few steps that a CPU takes here teach it little more than which
+# signs are common. Compare with what `make demo` prints.
 #
 # ## Perplexity against solver steps
 #

@@ -47,6 +47,9 @@ import numpy as np
 
 from deqjax import Anderson, fixed_point
 
+# Accelerators multiply float32 matrices with fewer bits unless told otherwise, too few for the tolerances below.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 B, D = (64, 256) if platform == "cpu" else (1024, 1024)
 key_W, key_x = jax.random.split(jax.random.key(0))
 W = 1.2 * jax.random.normal(key_W, (D, D)) / D**0.5

@@ -52,6 +52,9 @@ from flax import nnx
 
 from deqjax import Anderson, fixed_point
 
+# Accelerators multiply float32 matrices with fewer bits unless told otherwise, too few for the tolerances below.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 B, D = (64, 64) if platform == "cpu" else (1024, 512)
 B *= n_devices
 key_u, key_1, key_2 = jax.random.split(jax.random.key(0), 3)
