@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs notebooks clean
 
 demo: .venv/train
 	$(BIN)/python -m experiments.deq_lm --config configs/pydoc.py --workdir runs/pydoc
@@ -18,6 +18,10 @@ lint: .venv/test
 
 docs: .venv/docs
 	$(BIN)/mkdocs build --strict --quiet
+
+# Every notebooks/*.ipynb from the .py beside it.
+notebooks: .venv/test
+	$(BIN)/python -m tests.notebooks
 
 # A stamp per extra; remade when the requirements change.
 .venv/%: setup.cfg pyproject.toml

@@ -70,6 +70,7 @@ class LanguageModelTask:
         self.deq = DEQConfig.from_config(config.deq)
         self.architecture = TransformerConfig(n_tokens=len(self.corpus.vocab), **config.model)
         self._evaluate_segment = jax.jit(self._segment, static_argnums=(0, 1))
+        self._next_token = jax.jit(self._advance, static_argnums=(0, 1))
         self.items_per_step = ("tokens", config.data.batch_size * config.data.length)
         self.fingerprint = self.corpus.vocab.fingerprint()
         self.deq.eval_budget()
@@ -150,15 +151,21 @@ class LanguageModelTask:
     # Evaluation ------------------------------------------------------------------------------------------------------
 
     def evaluate(self, model: StreamingModel, split: str = "valid", solver_options: dict | None = None) -> dict[str, float]:
-        """Token-weighted mean nll over a split, with the memory carried through it; and how the solves went."""
+        """Token-weighted mean nll over a split, with the memory carried through it; and how the solves went.
+
+        Args:
+          solver_options: see `DEQ`; another `f_limit` or `f_tol` compiles nothing anew.
+        """
         batches, config, mesh = self.data(split), self.config.data, make_mesh(self.config.get("mesh"))
         graph, state = nnx.split(model.lm)
         memory = Memory.empty(config.eval_batch_size, config.eval_mem_len, self.architecture.d_model)
         memory = Memory(**place_whole(mesh, memory._asdict()))
-        options, results = tuple(sorted((solver_options or {}).items())), []
+        options, results = dict(solver_options or {}), []
+        traced = {name: options.pop(name) for name in ("f_limit", "f_tol") if name in options}
+        options = tuple(sorted(options.items()))
         for k in range(batches.n_segments):
             batch = place_whole(mesh, batches.batch(k))
-            metrics, memory = self._evaluate_segment(graph, options, state, memory, batch["tokens"], batch["targets"])
+            metrics, memory = self._evaluate_segment(graph, options, traced, state, memory, batch["tokens"], batch["targets"])
             results.append(metrics)
         # Fetched at the end, so that no segment waits for the host.
         sums = Sums()
@@ -167,10 +174,10 @@ class LanguageModelTask:
         report = sums.means()
         return {"loss": report["loss"], "perplexity": float(np.exp(report["loss"]))} | report
 
-    def _segment(self, graph, solver_options, state, memory: Memory, tokens, targets):
+    def _segment(self, graph, options, traced, state, memory: Memory, tokens, targets):
         """Metrics of one segment, and the memory for the next."""
         lm = nnx.merge(graph, state)
-        out = lm(tokens, memory, z_init=self._start(memory, tokens), solver_options=dict(solver_options))
+        out = lm(tokens, memory, z_init=self._start(memory, tokens), solver_options=dict(options) | traced)
         nll = jnp.sum(lm.nll(out.states, targets))
         metrics = {"loss": (nll, jnp.asarray(targets.size, nll.dtype)), **_vitals(out.stats)}
         if out.spectral_radius is not None:
@@ -206,18 +213,6 @@ class LanguageModelTask:
         options, config = self.config.generate, self.architecture
         graph, state = nnx.split(model.lm)
         capacity = self.config.data.eval_mem_len
-
-        @jax.jit
-        def advance(state, memory, z, token, key):
-            lm = nnx.merge(graph, state)
-            out = lm(token[None, None], memory, z_init=z)
-            logits = lm.log_prob(out.states[-1])[0, 0] / max(options.temperature, 1e-6)
-            if options.top_k:
-                floor = jax.lax.top_k(logits, min(options.top_k, logits.shape[0]))[0][-1]
-                logits = jnp.where(logits >= floor, logits, -jnp.inf)
-            memory = memory.append(out.states[-1], out.injection.u, capacity)
-            return jax.random.categorical(key, logits), out.states[-1], memory
-
         prompt = self.corpus.vocab.encode(options.prompt.split())
         mesh = make_mesh(self.config.get("mesh"))
         memory = Memory(**place_whole(mesh, Memory.empty(1, capacity, config.d_model)._asdict()))
@@ -226,10 +221,22 @@ class LanguageModelTask:
         for n in range(len(tokens) - 1 + options.n_tokens):
             # An unrolled cell has no equilibrium to start from.
             z = cold if config.norm == "pre" else z
-            token, z, memory = advance(state, memory, z, jnp.asarray(tokens[n]), jax.random.fold_in(key, n))
+            draw = options.temperature, jax.random.fold_in(key, n)
+            token, z, memory = self._next_token(graph, options.top_k, state, memory, z, jnp.asarray(tokens[n]), *draw)
             if n + 1 >= len(tokens):
                 tokens.append(int(token))
         return self.corpus.vocab.decode(tokens[1:]).replace(" <eos> ", "\n").replace("<eos>", "\n")
+
+    def _advance(self, graph, top_k, state, memory: Memory, z, token, temperature, key):
+        """A token to follow `token`, the state of `token`, and the memory with that."""
+        lm = nnx.merge(graph, state)
+        out = lm(token[None, None], memory, z_init=z)
+        logits = lm.log_prob(out.states[-1])[0, 0] / jnp.maximum(temperature, 1e-6)
+        if top_k:
+            floor = jax.lax.top_k(logits, min(top_k, logits.shape[0]))[0][-1]
+            logits = jnp.where(logits >= floor, logits, -jnp.inf)
+        memory = memory.append(out.states[-1], out.injection.u, self.config.data.eval_mem_len)
+        return jax.random.categorical(key, logits), out.states[-1], memory
 
 
 def _check_settings(config) -> None:

@@ -174,9 +174,10 @@ def _sample(carry: _Carry, sample_steps, i: int):
 
 
 def _statistics(carry: _Carry, solver: Solver) -> SolverStats:
-    trace, lowest = (carry.abs_trace, carry.abs_lowest) if solver.stop_mode == "abs" else (carry.rel_trace, carry.rel_lowest)
-    last = jnp.take_along_axis(trace, jnp.maximum(carry.steps - 1, 0)[:, None], axis=1)[:, 0]
-    status = jnp.where(last > DIVERGENCE_FACTOR * trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
+    lowest = carry.abs_lowest if solver.stop_mode == "abs" else carry.rel_lowest
+    # By the absolute residual: relative to a state that grows with it, it does not.
+    last = jnp.take_along_axis(carry.abs_trace, jnp.maximum(carry.steps - 1, 0)[:, None], axis=1)[:, 0]
+    status = jnp.where(last > DIVERGENCE_FACTOR * carry.abs_trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
     status = jnp.where(lowest < solver.tol, Status.CONVERGED, status)
     status = jnp.where(carry.finite, status, Status.NON_FINITE)
 
@@ -217,7 +218,7 @@ def _solve_unmonitored(f, z_init, solver, sample_at):
 def statistics_of_traces(abs_trace: Float[Array, "B N"], rel_trace: Float[Array, "B N"], solver: Solver) -> SolverStats:
     """Statistics of a solve that took its whole budget and returns its last state, from the residuals that it recorded."""
     trace = abs_trace if solver.stop_mode == "abs" else rel_trace
-    status = jnp.where(trace[:, -1] > DIVERGENCE_FACTOR * trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
+    status = jnp.where(abs_trace[:, -1] > DIVERGENCE_FACTOR * abs_trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
     status = jnp.where(trace[:, -1] < solver.tol, Status.CONVERGED, status)
     status = jnp.where(jnp.all(jnp.isfinite(trace), axis=1), status, Status.NON_FINITE).astype(jnp.int32)
     steps = jnp.full_like(status, solver.max_steps)

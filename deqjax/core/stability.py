@@ -29,9 +29,14 @@ def jacobian_loss(
       key: draws the probes.
       n_probes: how many.
       probes: the probes themselves instead, a state with a leading axis of them on every leaf.
+
+    Raises:
+      ValueError: there is neither a key nor probes.
     """
     leaves, structure = jax.tree.flatten(z)
     if probes is None:
+        if key is None:
+            raise ValueError("jacobian_loss draws probes: give a key (another in every training step), or probes.")
         keys = jax.random.split(key, len(leaves))
         drawn = [jax.random.normal(k, (n_probes, *x.shape), x.dtype) for k, x in zip(keys, leaves, strict=True)]
         probes = jax.tree.unflatten(structure, drawn)

@@ -32,7 +32,7 @@ _EXPLANATIONS = {
     "the learning rate, or damp the solver.",
 }
 
-# A sample that has not converged and ends this many times above its first residual counts as diverged.
+# A sample that has not converged and ends this many times above its first absolute residual counts as diverged.
 DIVERGENCE_FACTOR = 10.0
 
 

@@ -196,8 +196,11 @@ def test_non_finite_samples_stop_with_their_best_iterate_and_leave_others_alone(
     np.testing.assert_allclose(solution.value[0], 2.0)
 
 
-def test_divergence_is_reported():
-    stats = fixed_point(lambda z: 2 * z + 1, jnp.zeros((1, 3)), solver=Picard(max_steps=20, stop_mode="abs")).stats
+@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
+@pytest.mark.parametrize("gradient", [Implicit(), Unrolled()], ids=["implicit", "unrolled"])
+def test_divergence_is_reported(stop_mode, gradient):
+    solver = Picard(max_steps=20, stop_mode=stop_mode)
+    stats = fixed_point(lambda z: 2 * z + 1, jnp.zeros((1, 3)), solver=solver, gradient=gradient).stats
     assert stats.status[0] == Status.DIVERGED
     assert "does not contract" in stats.explain()
 

@@ -42,3 +42,8 @@ def test_check_gradients_ranks_the_rules(problem):
     # Fifty steps from the solution are as good as exact where f contracts.
     assert errors["implicit"] < 1e-5 and errors["phantom, 50 steps"] < 1e-8
     assert errors["phantom, 50 steps"] < errors["phantom, 5 steps"] < errors["one step"]
+
+
+def test_a_jacobian_loss_without_probes_asks_for_a_key():
+    with pytest.raises(ValueError, match="give a key"):
+        jacobian_loss(jnp.tanh, jnp.zeros((2, 3)))

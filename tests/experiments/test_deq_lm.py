@@ -98,6 +98,16 @@ def test_trains_resumes_evaluates_and_generates(corpus, tmp_path, capsys):
     assert len(capsys.readouterr().out.split()) >= 5
 
 
+def test_evaluation_with_fewer_solver_steps_compiles_nothing_anew(corpus):
+    task = small_task(corpus)
+    model = task.model(nnx.Rngs(0))
+    one = task.evaluate(model, "valid", {"f_limit": 1, "f_tol": 0.0})
+    programs = task._evaluate_segment._cache_size()
+    three = task.evaluate(model, "valid", {"f_limit": 3, "f_tol": 0.0})
+    assert task._evaluate_segment._cache_size() == programs
+    assert (one["forward/steps"], three["forward/steps"]) == (1, 3) and one["loss"] != three["loss"]
+
+
 def weights(workdir):
     return {path: array for path, array in named_leaves(load_arrays(workdir, lambda path: path[0] != "best")).items()}
 

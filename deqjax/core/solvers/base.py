@@ -14,6 +14,8 @@ class Solver:
     Attributes:
       max_steps: budget of evaluations of f.
       tol: a sample is finished once its residual is below this. May be traced: changing it compiles nothing anew.
+        Accelerators multiply float32 matrices with fewer bits by default; a tolerance finer than those needs
+        `jax.config.update("jax_default_matmul_precision", "highest")`.
       stop_mode: "rel" compares `|f(z) - z| / |f(z)|` with `tol`, "abs" compares `|f(z) - z|`.
       stop: "each" freezes a finished sample, so that its result does not depend on its batch mates; "all" moves every
         sample until all are below `tol` at once.
