@@ -242,7 +242,7 @@ def test_training_and_evaluation_lower_for_every_platform(shape, corpus):
     graph, state = nnx.split(program.model(program.init()).lm)
     segment = task.data("valid").batch(0)
     memory = Memory.empty(*(task.config.data[name] for name in ("eval_batch_size", "eval_mem_len")), 8)
-    evaluate = lambda *arguments: task._segment(graph, (), *arguments)
+    evaluate = lambda *arguments: task._segment(graph, (), {}, *arguments)
     lowers_everywhere(evaluate, state, memory, segment["tokens"], segment["targets"])
 
 
