@@ -116,8 +116,8 @@ print(f"{at_once.evaluations / len(x_T):.0f} evaluations of the network for each
 print(f"largest difference of a pixel, on a scale from -1 to 1: {np.abs(at_once.images - one_by_one.images).max():.1e}")
 
 # %% [markdown]
-# The same images. It is not an approximation that trades quality for speed: the tolerance decides how close they are. (On an
-# accelerator that rounds products to few bits, that rounding decides.)
+# The same images. It is not an approximation that trades quality for speed: the tolerance decides how close they are. (Without
+# the precision set above, an accelerator's rounding would decide.)
 #
 # ## The filmstrip
 #

@@ -5,7 +5,7 @@
 #
 # Optical flow says for every pixel of a frame where it is in the next one. [DEQ-Flow](https://arxiv.org/abs/2204.08442) finds
 # it as the fixed point of an update that looks up how well the frames match, and corrects. You will see flow and error on
-# photographs that a small one has not seen in training, and then follow a moving camera: between frames little changes, so a
+# photographs that a small model has not seen in training, and then follow a moving camera: between frames little changes, so a
 # solve that begins at the last pair's solution needs fewer steps. Less than a minute of CPU time, with weights that come along;
 # on an accelerator you train them first.
 
@@ -117,8 +117,8 @@ print(f"solver steps in training: {config.deq.f_max_iter}")
 #
 # ## A clip
 #
-# The camera glides over a photograph and turns slowly. Each pair begins at the hidden state and the flow of the pair before.
-# All pictures of the lower row have nearly one colour, that of the direction in which the picture moves.
+# The camera glides over a photograph of the training set and turns slowly. Each pair begins at the hidden state and the flow of
+# the pair before. All pictures of the lower row have nearly one colour, that of the direction in which the picture moves.
 
 # %%
 clip = glide(9, tuple(config.data.size), motion=0.4 * config.data.motion)

@@ -196,7 +196,8 @@ plt.show()
 #
 # ## Where to go from here
 #
-# * A picture of your own: `python -m experiments.deq_inr --config configs/inr_camera.py --config.data.path=photo.jpg`. Its
-#   weights as a small file: `--mode export`; that file at any resolution: `--mode render --config.render.scale=4`.
+# * A picture of your own: `python -m experiments.deq_inr --config configs/inr_camera.py --config.data.path=photo.jpg
+#   --config.data.step=1 --config.model.input_scale=200.` (half the number of pixels along a side). Its weights as a small file:
+#   `--mode export`; that file at any resolution: `--mode render --config.render.scale=4`.
 # * [docs/inr.md](https://github.com/deqjax/deqjax/blob/main/docs/inr.md) compares the equilibrium with explicit networks of
 #   the same size, and has recipes for sound, video and solids.

@@ -51,6 +51,9 @@ from deqjax.data.text import unigram_perplexity
 from deqjax.training.checkpoint import committed_steps
 from experiments.deq_lm import LanguageModelTask
 
+# Accelerators round products to few bits unless told not to, and a fixed point is no closer than what f is rounded to.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 config = load_config("configs/pydoc.py")
 workdir = pathlib.Path("runs/pydoc")
 trained_before = bool(committed_steps(workdir))
@@ -175,4 +178,5 @@ plt.show()
 # The perplexity settles long before the residual does, and stays: more evaluations than the model was trained with change
 # nothing, as they would if it had learnt a network of so many layers instead of a fixed point.
 #
-# The published recipe is `configs/wt103.py`; [scaling](../docs/scaling.md) says how it runs on many devices.
+# The published recipe is `configs/wt103.py`; how it runs on many devices is said in
+# [scaling](https://github.com/deqjax/deqjax/blob/main/docs/scaling.md).

@@ -199,7 +199,8 @@ print(accelerated.explain())
 print(f"evaluations of f: {accelerated.steps}")
 
 # %% [markdown]
-# That works for six numbers. For a network, keep the map tame instead: [your_own_deq](your_own_deq.ipynb) shows how.
+# That works for six numbers. For a network, keep the map tame instead:
+# [your_own_deq](https://github.com/deqjax/deqjax/blob/main/notebooks/your_own_deq.ipynb) shows how.
 #
 # ## A layer trained on handwritten digits
 #
@@ -270,7 +271,8 @@ plt.show()
 # The layer learns, and the picture in the middle says what its solves cost meanwhile. In the last one the line is the median of
 # the images that are not solved yet, so that its end belongs to the hardest alone. Nothing here keeps the weights from growing
 # until solves reach their limit; the usual remedies, a penalty on the Jacobian and normalised weights, are in
-# [your_own_deq](your_own_deq.ipynb).
+# [your_own_deq](https://github.com/deqjax/deqjax/blob/main/notebooks/your_own_deq.ipynb).
 #
-# Where to go on: [a layer of your own](your_own_deq.ipynb), [a language model](language_model.ipynb), [many devices and
-# hosts](../docs/scaling.md).
+# Where to go on: [a layer of your own](https://github.com/deqjax/deqjax/blob/main/notebooks/your_own_deq.ipynb),
+# [a language model](https://github.com/deqjax/deqjax/blob/main/notebooks/language_model.ipynb),
+# [many devices and hosts](https://github.com/deqjax/deqjax/blob/main/docs/scaling.md).

@@ -181,7 +181,7 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# It does while the mean is what counts; over many steps the samples with the largest radius are left, and the curve bends. So
+# It should while the mean is what counts; over many steps the samples with the largest radius are left, and the curve may bend. So
 # the spectral radius at your solutions tells how many phantom steps would be enough.
 #
 # ## A layer with settings, and its regularisation
@@ -297,10 +297,10 @@ for name, model in models.items():
     print(f"{name:18}{accuracy:10.3f}{evaluations:13.1f}{size:10.3f}{radius:25.2f}")
 
 # %% [markdown]
-# Without either, solves get longer, and the loss jumps: beyond a radius of 1 there can be several equilibria, and the solver is
+# Without either, solves get longer, and the loss may jump: beyond a radius of 1 there can be several equilibria, and the solver is
 # free to change from one to another. The penalty keeps the Jacobian small on average and promises nothing for a single sample.
-# The spectral norm is a bound: tanh never stretches, so no sample's radius exceeds 0.9 however long one trains, at the cost of
-# what a map that may not stretch cannot express.
+# The spectral norm is a bound, as exact as its power iteration: tanh never stretches, so no sample's radius exceeds 0.9 by much
+# however long one trains, at the cost of what a map that may not stretch cannot express.
 #
 # ## All devices
 #
@@ -335,6 +335,8 @@ print(f"largest difference between the two gradients: {max(differences):.0e}")
 
 # %% [markdown]
 # On a CPU, `jax.config.update("jax_num_cpu_devices", 8)` before anything else in a fresh session makes eight devices of it, for
-# trying this out. Parameters can be split as well, and the work spread over hosts: [scaling](../docs/scaling.md).
+# trying this out. Parameters can be split as well, and the work spread over hosts:
+# [scaling](https://github.com/deqjax/deqjax/blob/main/docs/scaling.md).
 #
-# Next: [a language model](language_model.ipynb) whose training loop does all of this from one config.
+# Next: [a language model](https://github.com/deqjax/deqjax/blob/main/notebooks/language_model.ipynb)
+# whose training loop does all of this from one config.
