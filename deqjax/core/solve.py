@@ -41,7 +41,7 @@ class _Carry(NamedTuple):
     steps: jax.Array
     finite: jax.Array
     finished: jax.Array
-    abs_trace: jax.Array  # [B, N]
+    abs_trace: jax.Array  # [N, B]: a step writes one row, not a column of as many cache lines as samples
     rel_trace: jax.Array
 
 
@@ -115,7 +115,7 @@ def _initial(z_init, solver, n_rows) -> _Carry:
     zeros = jnp.zeros_like(one_per_sample, batched.accumulation_dtype(z_init))
     infinite = zeros + jnp.inf
     counts = jnp.zeros_like(one_per_sample, jnp.int32)
-    trace = jnp.repeat(zeros[:, None], solver.max_steps, axis=1)
+    trace = jnp.repeat(zeros[None], solver.max_steps, axis=0)
     samples = jax.tree.map(lambda x: jnp.repeat(jnp.zeros_like(x)[None], n_rows, axis=0), z_init) if n_rows else ()
     return _Carry(
         step=jnp.zeros((), jnp.int32),
@@ -152,7 +152,7 @@ def _record(carry: _Carry, f_z, solver: Solver) -> tuple[_Carry, jax.Array]:
     below = eligible & (residual < solver.tol) & (not solver.return_final)
     dead = carry.finished | (active & ~finite)
     finished = dead | (below if solver.stop == "each" else jnp.all(below | dead))
-    column = lambda trace, new: trace.at[:, carry.step].set(jnp.where(active, new, 0))  # noqa: E731
+    row = lambda trace, new: trace.at[carry.step].set(jnp.where(active, new, 0))  # noqa: E731
     carry = carry._replace(
         step=step,
         best=batched.select(improved, candidate, carry.best),
@@ -161,8 +161,8 @@ def _record(carry: _Carry, f_z, solver: Solver) -> tuple[_Carry, jax.Array]:
         best_step=jnp.where(improved, step, carry.best_step),
         steps=jnp.where(active, step, carry.steps),
         finite=carry.finite & (finite | ~active),
-        abs_trace=column(carry.abs_trace, absolute),
-        rel_trace=column(carry.rel_trace, relative),
+        abs_trace=row(carry.abs_trace, absolute),
+        rel_trace=row(carry.rel_trace, relative),
     )
     return carry, finished
 
@@ -176,8 +176,8 @@ def _sample(carry: _Carry, sample_steps, i: int):
 def _statistics(carry: _Carry, solver: Solver) -> SolverStats:
     lowest = carry.abs_lowest if solver.stop_mode == "abs" else carry.rel_lowest
     # By the absolute residual: relative to a state that grows with it, it does not.
-    last = jnp.take_along_axis(carry.abs_trace, jnp.maximum(carry.steps - 1, 0)[:, None], axis=1)[:, 0]
-    status = jnp.where(last > DIVERGENCE_FACTOR * carry.abs_trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
+    last = jnp.take_along_axis(carry.abs_trace, jnp.maximum(carry.steps - 1, 0)[None], axis=0)[0]
+    status = jnp.where(last > DIVERGENCE_FACTOR * carry.abs_trace[0], Status.DIVERGED, Status.STEP_LIMIT)
     status = jnp.where(lowest < solver.tol, Status.CONVERGED, status)
     status = jnp.where(carry.finite, status, Status.NON_FINITE)
 
@@ -187,8 +187,8 @@ def _statistics(carry: _Carry, solver: Solver) -> SolverStats:
         rel_lowest=carry.rel_lowest,
         best_step=carry.best_step,
         steps=carry.steps,
-        abs_trace=jnp.where(unused, carry.abs_lowest[:, None], carry.abs_trace),
-        rel_trace=jnp.where(unused, carry.rel_lowest[:, None], carry.rel_trace),
+        abs_trace=jnp.where(unused, carry.abs_lowest[:, None], carry.abs_trace.T),
+        rel_trace=jnp.where(unused, carry.rel_lowest[:, None], carry.rel_trace.T),
         status=status.astype(jnp.int32),
     )
 
