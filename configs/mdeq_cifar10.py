@@ -113,6 +113,7 @@ def base() -> ml_collections.ConfigDict:
     config.deq.b_max_iter = 20
     config.deq.b_tol = 1e-3
     config.deq.b_stop_mode = "rel"
+    config.deq.b_options = ml_collections.ConfigDict()
     config.deq.eval_f_max_iter = 0
     config.deq.eval_factor = 1.0
     config.deq.eval_f_tol = config_dict.placeholder(float)  # f_tol
@@ -177,6 +178,8 @@ def implicit(deq, forward, backward, stop_mode):
     """The authors': Broyden both ways, the Jacobian at the solver's result."""
     deq.hook_ift = True
     deq.f_solver = deq.b_solver = "broyden"
+    deq.f_options.memory = config_dict.placeholder(int)  # of all steps
+    deq.b_options.memory = config_dict.placeholder(int)
     deq.f_max_iter, deq.b_max_iter = forward, backward
     deq.f_stop_mode = deq.b_stop_mode = stop_mode
 

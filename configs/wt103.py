@@ -72,10 +72,12 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     config.deq.f_max_iter = 0
     config.deq.f_tol = 1e-3
     config.deq.f_stop_mode = "rel"
+    config.deq.f_options = ml_collections.ConfigDict()
     config.deq.b_solver = "fixed_point_iter"
     config.deq.b_max_iter = 40
     config.deq.b_tol = 1e-3
     config.deq.b_stop_mode = "rel"
+    config.deq.b_options = ml_collections.ConfigDict()
     config.deq.eval_f_max_iter = 12
     config.deq.eval_factor = 1.0
     config.deq.eval_f_tol = config_dict.placeholder(float)  # f_tol
@@ -150,6 +152,8 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
         config.model.n_layer = 1
         config.model.d_inner = 48000
         config.deq.f_solver = config.deq.b_solver = "broyden"
+        config.deq.f_options.memory = config_dict.placeholder(int)  # of all steps
+        config.deq.b_options.memory = config_dict.placeholder(int)
         config.deq.f_max_iter = config.deq.b_max_iter = 35
         config.deq.eval_f_max_iter = 35
         config.deq.ift = True

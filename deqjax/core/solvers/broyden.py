@@ -42,7 +42,7 @@ class Broyden(Solver):
         "batch" for one common to all (as TorchDEQ). A search costs further evaluations of f.
     """
 
-    memory: int | None = 20
+    memory: int | None = 10
     line_search: str | None = None
 
     # A root finder moves the point itself; f(z) need not be closer to the solution than z.
