@@ -30,12 +30,12 @@ from deqjax.models.flow.upsampling import SCALE
 from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
 from deqjax.training.errors import UserError
+from deqjax.training.metrics import vitals
 from experiments.flow_data import EVALUATIONS, STAGES, evaluation_set, training_mix
 from experiments.flow_evaluation import estimator, evaluate_set, submit
 from experiments.flow_metrics import WITHIN, masked_l1, scores
 from experiments.flow_pictures import draw_convergence, draw_frames, draw_samples
 from experiments.image_batches import chosen_rows, training_stream
-from experiments.image_training import vitals
 
 
 class FlowTask:
@@ -111,7 +111,7 @@ class FlowTask:
         total = sum(weight * value for weight, value in zip(weights, values, strict=True))
         count = jnp.asarray(len(image1), total.dtype)
         metrics = {"loss": (total * count, count), "loss_last": (values[-1] * count, count)}
-        return total, metrics | scores(predictions[-1], truth, valid) | vitals(out.stats)
+        return total, metrics | scores(predictions[-1], truth, valid) | vitals(out.stats.sums())
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 

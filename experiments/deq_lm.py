@@ -15,7 +15,6 @@ import numpy as np
 from flax import nnx
 
 from deqjax.core import batched
-from deqjax.core.stats import SolverStats
 from deqjax.data.pydoc import pydoc
 from deqjax.data.text import OrderedBatches, TextCorpus, unigram_perplexity
 from deqjax.data.wikitext import wikitext103
@@ -27,7 +26,7 @@ from deqjax.models.transformer.layout import layout
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.variables import BatchVariable
 from deqjax.training.mesh import make_mesh, place_whole, process_share
-from deqjax.training.metrics import Sums
+from deqjax.training.metrics import Sums, vitals
 
 CORPORA = {"wt103": wikitext103, "pydoc": pydoc, "text": TextCorpus.load}
 
@@ -123,7 +122,7 @@ class LanguageModelTask:
                 # The loss is then a weighted sum over states; this is the last one's.
                 last = jnp.sum(lm.nll(out.states[-1:], targets, masks._replace(output=masks.output[-1:])))
                 metrics["nll_last"] = (last, size)
-            return nll, jnp.asarray(jacobian, nll.dtype), out.memory, metrics | _vitals(out.stats)
+            return nll, jnp.asarray(jacobian, nll.dtype), out.memory, metrics | vitals(out.stats.sums())
 
         if self.config.pretrain_steps > 0:
             pretraining = step < self.config.pretrain_steps
@@ -179,7 +178,7 @@ class LanguageModelTask:
         lm = nnx.merge(graph, state)
         out = lm(tokens, memory, z_init=self._start(memory, tokens), solver_options=dict(options) | traced)
         nll = jnp.sum(lm.nll(out.states, targets))
-        metrics = {"loss": (nll, jnp.asarray(targets.size, nll.dtype)), **_vitals(out.stats)}
+        metrics = {"loss": (nll, jnp.asarray(targets.size, nll.dtype)), **vitals(out.stats.sums())}
         if out.spectral_radius is not None:
             radius = out.spectral_radius
             metrics["forward/spectral_radius"] = (jnp.sum(radius), jnp.asarray(radius.size, radius.dtype))
@@ -249,13 +248,6 @@ def _check_settings(config) -> None:
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise ValueError(f"{name}={value}: must be {minimum} or more.")
-
-
-def _vitals(stats: SolverStats) -> dict:
-    """How a solve went, as metrics."""
-    sums = stats.sums()
-    samples = sums.pop("samples")
-    return {f"forward/{name}": (value, samples) for name, value in sums.items()}
 
 
 def _last_segment(memory: Memory, length: int):

@@ -1,10 +1,12 @@
 """What graph networks are judged by: accuracy of classes, F1 of label sets."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deqjax.core.stats import Status
+from deqjax.core.stats import SolverStats
 
 
 def accuracy(logits, labels):
@@ -56,26 +58,6 @@ def f1_scores(counts) -> dict[str, float]:
     return {"f1": float(score(*counts.sum(axis=1))), "f1_macro": float(np.mean(score(*counts)))}
 
 
-def vitals(all_stats, real) -> dict:
-    """How the solves of all layers went, as metrics over the graphs that are no padding.
-
-    Args:
-      all_stats: a `SolverStats` per layer.
-      real: `[G]` booleans.
-    """
-    if not all_stats:
-        return {}
-    counted = jnp.ones_like(all_stats[0].steps) if all_stats[0].steps.shape != real.shape else real
-    weights = counted.astype(all_stats[0].abs_lowest.dtype)
-    columns = {
-        "abs": lambda s: s.abs_lowest,
-        "rel": lambda s: s.rel_lowest,
-        "steps": lambda s: s.steps,
-        "converged": lambda s: s.converged,
-        "non_finite": lambda s: s.status == Status.NON_FINITE,
-    }
-
-    def total(column):
-        return sum(jnp.sum(jnp.where(weights > 0, column(stats), 0).astype(weights.dtype)) for stats in all_stats)
-
-    return {f"forward/{name}": (total(column), len(all_stats) * jnp.sum(weights)) for name, column in columns.items()}
+def solve_sums(all_stats: Sequence[SolverStats], real: jax.Array) -> list[dict]:
+    """Sums of each solve over the graphs that are `real`, `[G]`, no padding; or over all rows if those are the samples."""
+    return [stats.sums(real if stats.steps.shape == real.shape else None) for stats in all_stats]

@@ -24,9 +24,9 @@ from deqjax.models.ignn import GCN, IGNN, IGNNConfig, choose_bucket, fit_buckets
 from deqjax.nn.config import DEQConfig
 from deqjax.training.errors import UserError
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
-from deqjax.training.metrics import Sums
+from deqjax.training.metrics import Sums, vitals
 from experiments.graph_checkpoints import export_weights, import_weights
-from experiments.graph_metrics import accuracy, vitals
+from experiments.graph_metrics import accuracy, solve_sums
 from experiments.ignn_nodes import as_single, graphs_of
 from experiments.many_runs import finish
 
@@ -107,7 +107,7 @@ class GraphTask:
         """Mean cross entropy over the graphs of the batch."""
         out = model(graphs_of(batch), train=True, key=key, solver_options=self.deq.training_options(step))
         total, count = _cross_entropy(out.logits, batch)
-        return total / count, {"loss": (total, count), **vitals(out.stats, batch["n_node"][:, 0] > 0)}
+        return total / count, {"loss": (total, count), **vitals(*solve_sums(out.stats, batch["n_node"][:, 0] > 0))}
 
     def evaluate(self, model: nnx.Module, split: str) -> dict[str, float]:
         """Loss and accuracy over a split, and how the solves went."""
@@ -126,7 +126,7 @@ class GraphTask:
         out = nnx.merge(graph, state)(graphs_of(batch))
         right = jnp.sum(accuracy(out.logits, batch["labels"]) * batch["counted"])
         losses = {"loss": _cross_entropy(out.logits, batch), "accuracy": (right, jnp.sum(batch["counted"]))}
-        return {**losses, **vitals(out.stats, batch["n_node"][:, 0] > 0)}
+        return {**losses, **vitals(*solve_sums(out.stats, batch["n_node"][:, 0] > 0))}
 
 
 def _cross_entropy(logits, batch):

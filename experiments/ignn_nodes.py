@@ -24,9 +24,9 @@ from deqjax.models.ignn import GCN, IGNN, GraphsTuple, IGNNConfig, alone, choose
 from deqjax.nn.clipping import clip_gradient
 from deqjax.nn.config import DEQConfig
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
-from deqjax.training.metrics import Sums
+from deqjax.training.metrics import Sums, vitals
 from experiments.graph_checkpoints import export_weights, import_weights
-from experiments.graph_metrics import accuracy, f1_scores, label_counts, most_probable, vitals
+from experiments.graph_metrics import accuracy, f1_scores, label_counts, most_probable, solve_sums
 
 SPLITS = ("train", "valid", "test")
 DATA = ("chains", "ppi", "ppi_synthetic", "amazon")
@@ -128,7 +128,7 @@ class NodeTask:
             nnx.update(model, jax.tree.map(clip, nnx.state(model, nnx.Param)))
         out = model(graphs_of(batch), train=True, key=key, solver_options=self.deq.training_options(step))
         total, count = self._cross_entropy(out.logits, batch)
-        metrics = {"loss": (total, count), **vitals(out.stats, batch["n_node"][:, 0] > 0)}
+        metrics = {"loss": (total, count), **vitals(*solve_sums(out.stats, batch["n_node"][:, 0] > 0))}
         return total / count + decay, metrics
 
     def _decay_of_projections(self, model):
@@ -180,7 +180,7 @@ class NodeTask:
             counts = label_counts(predicted, labels, counted)
         else:
             metrics["accuracy"] = (jnp.sum(accuracy(out.logits, labels).reshape(-1) * counted), jnp.sum(counted))
-        return {**metrics, **vitals(out.stats, batch["n_node"][:, 0] > 0)}, counts
+        return {**metrics, **vitals(*solve_sums(out.stats, batch["n_node"][:, 0] > 0))}, counts
 
 
 def graphs_of(batch) -> GraphsTuple:

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deqjax.core.correction import fixed_point_correction
-from deqjax.core.stats import SolverStats, Status
 from deqjax.models.mdeq import MDEQ, MDEQConfig, State
 from deqjax.nn.config import DEQConfig
 from deqjax.training.errors import UserError
-from deqjax.training.metrics import Sums
+from deqjax.training.metrics import Sums, vitals
 from experiments.image_pictures import draw_anytime
 
 # Of `config.training`, with defaults; all as in the authors' second version.
@@ -69,7 +68,7 @@ def forward(model: MDEQ, images, key, step, training: Mapping) -> Forward:
 
     def solve(unroll=None):
         out = model.solve(injection, train=True, unroll=unroll, solver_options=options)
-        return out.states, vitals(out.stats)
+        return out.states, vitals(out.stats.sums())
 
     if training["pretrain_steps"]:
         unrolled = lambda: solve(training["pretrain_unroll"])  # noqa: E731
@@ -114,21 +113,6 @@ def supervised(model: MDEQ, out: Forward, criterion: Callable, count) -> tuple[j
         # The loss is then a weighted sum over states; this is the last one's.
         metrics["loss_last"] = (values[-1] * count, count)
     return total + out.jacobian.astype(total.dtype), metrics
-
-
-def vitals(stats: SolverStats, counted=None) -> dict:
-    """How a solve went, as metrics over the images that count, `[B]` booleans."""
-    counted = jnp.ones_like(stats.steps, bool) if counted is None else counted
-    columns = {
-        "abs": stats.abs_lowest,
-        "rel": stats.rel_lowest,
-        "steps": stats.steps,
-        "converged": stats.converged,
-        "non_finite": stats.status == Status.NON_FINITE,
-    }
-    dtype = stats.abs_lowest.dtype
-    number = jnp.sum(counted).astype(dtype)
-    return {f"forward/{name}": (jnp.sum(jnp.where(counted, x, 0).astype(dtype)), number) for name, x in columns.items()}
 
 
 def radius_metric(spectral_radius, counted) -> dict:

@@ -15,9 +15,9 @@ from deqjax.data.point_clouds import read_points
 from deqjax.data.solids import SHAPES, signed_distance, surface
 from deqjax.models.inr import INR, INRConfig, Output
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
-from deqjax.training.metrics import Sums
+from deqjax.training.metrics import Sums, vitals
 from experiments import inr_pictures
-from experiments.inr_task import Fit, RepresentationTask, chunks, values_on_grid, vitals
+from experiments.inr_task import Fit, RepresentationTask, chunks, values_on_grid
 
 # The published shapes, which are downloaded by hand.
 MESHES = ("dragon", "bunny", "buddha", "armadillo", "lucy")

@@ -19,6 +19,7 @@ from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.inr import INRConfig, Signals, WarmStart, evaluation_bytes, has_equilibrium, representation
 from deqjax.nn.config import DEQConfig
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, replicated
+from deqjax.training.metrics import vitals
 from experiments import inr_pictures
 
 
@@ -207,13 +208,6 @@ def jacobian_term(deq: DEQConfig, f: Callable, z: jax.Array, key: jax.Array) -> 
     chosen = jax.random.bernoulli(key_choice, deq.jac_loss_freq)
     z = jax.lax.stop_gradient(z)
     return deq.jac_loss_weight * jax.lax.cond(chosen, lambda: jacobian_loss(f, z, key_probe), lambda: zero)
-
-
-def vitals(sums: dict) -> dict:
-    """How solves went, as metrics, from the sums of their statistics."""
-    sums = dict(sums)
-    samples = sums.pop("samples")
-    return {f"forward/{name}": (value, samples) for name, value in sums.items()}
 
 
 def psnr(squared_error: float | np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.mdeq import MDEQ
 from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
+from deqjax.training.metrics import vitals
 from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, skipped, training_stream
 from experiments.image_metrics import confusion_matrix, top_k
 from experiments.image_pictures import draw_confusion
@@ -41,7 +42,6 @@ from experiments.image_training import (
     report_anytime,
     summed,
     supervised,
-    vitals,
 )
 
 DATA = ("digits", "cifar10", "imagenet", "imagenet_records", "imagenet_tfds")
@@ -155,7 +155,7 @@ class ClassificationTask:
         model = nnx.merge(graph, state)
         out = model.solve(model.encode(batch["images"]))
         return self.scores(model.decode(out.states[-1]), batch) | {
-            **vitals(out.stats, batch["counted"]),
+            **vitals(out.stats.sums(batch["counted"])),
             **radius_metric(out.spectral_radius, batch["counted"]),
         }
 

@@ -30,6 +30,7 @@ from deqjax.models.mdeq import MDEQ, resize_bilinear
 from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
 from deqjax.training.mesh import make_mesh, replicated
+from deqjax.training.metrics import vitals
 from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, skipped, training_stream
 from experiments.image_losses import IGNORED, cross_entropy_sums, ohem_cross_entropy
 from experiments.image_metrics import confusion_matrix, segmentation_scores
@@ -44,7 +45,6 @@ from experiments.image_training import (
     report_anytime,
     summed,
     supervised,
-    vitals,
 )
 
 DATA = ("shapes", "cityscapes")
@@ -173,7 +173,7 @@ class SegmentationTask:
         out = model.solve(model.encode(batch["images"]))
         metrics, counts = self.scores(model.decode(out.states[-1]), batch)
         counted = batch["counted"]
-        return metrics | vitals(out.stats, counted) | radius_metric(out.spectral_radius, counted), counts
+        return metrics | vitals(out.stats.sums(counted)) | radius_metric(out.spectral_radius, counted), counts
 
     def scores(self, logits, batch) -> tuple:
         """The loss of a batch, as sum and count, and its confusion matrix."""

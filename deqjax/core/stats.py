@@ -6,7 +6,7 @@ import enum
 import jax
 import jax.numpy as jnp
 
-from deqjax.core.annotations import PyTree
+from deqjax.core.annotations import Array, Bool, PyTree
 
 
 class Status(enum.IntEnum):
@@ -62,17 +62,26 @@ class SolverStats:
         """`[B]` booleans."""
         return self.status == Status.CONVERGED
 
-    def sums(self) -> dict[str, jax.Array]:
-        """The vitals as sums over the batch, with the number of samples under `samples`; divide to get means."""
-        dtype = self.abs_lowest.dtype
-        return {
-            "abs": jnp.sum(self.abs_lowest),
-            "rel": jnp.sum(self.rel_lowest),
-            "steps": jnp.sum(self.steps.astype(dtype)),
-            "converged": jnp.sum(self.converged.astype(dtype)),
-            "non_finite": jnp.sum((self.status == Status.NON_FINITE).astype(dtype)),
-            "samples": jnp.asarray(self.status.shape[0], dtype),
+    def sums(self, counted: Bool[Array, " B"] | None = None) -> dict[str, jax.Array]:
+        """The vitals as sums over the batch, with the number of samples under `samples`; divide to get means.
+
+        Args:
+          counted: the samples to count, where others only fill a batch up; all by default.
+        """
+        columns = {
+            "abs": self.abs_lowest,
+            "rel": self.rel_lowest,
+            "steps": self.steps,
+            "converged": self.converged,
+            "non_finite": self.status == Status.NON_FINITE,
         }
+        dtype = self.abs_lowest.dtype
+        if counted is None:
+            samples = jnp.asarray(self.status.shape[0], dtype)
+        else:
+            samples = jnp.sum(counted.astype(dtype))
+            columns = {name: jnp.where(counted, x, 0) for name, x in columns.items()}
+        return {name: jnp.sum(x.astype(dtype)) for name, x in columns.items()} | {"samples": samples}
 
     def explain(self) -> str:
         """One line per status that occurred, with its count and advice. Needs concrete values (call it outside jit)."""

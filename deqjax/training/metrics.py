@@ -32,6 +32,13 @@ class Sums:
         return {name: total / count for name, (total, count) in self.totals.items() if count}
 
 
+def vitals(*solves: Mapping, side: str = "forward") -> dict:
+    """How forward or backward solves went, as metrics, from the sums of their statistics (`SolverStats.sums`)."""
+    samples = sum(sums["samples"] for sums in solves)
+    names = [name for name in solves[0] if name != "samples"] if solves else []
+    return {f"{side}/{name}": (sum(sums[name] for sums in solves), samples) for name in names}
+
+
 class MetricWriter:
     """Appends a JSON object per line to `workdir/metrics.jsonl`; on request, writes to TensorBoard and Weights & Biases too.
 

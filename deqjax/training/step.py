@@ -15,12 +15,10 @@ from deqjax.training.accumulate import accumulated
 from deqjax.training.errors import UserError
 from deqjax.training.layout import parameter_shardings, state_shardings
 from deqjax.training.mesh import check_divisible, replicated
+from deqjax.training.metrics import vitals
 from deqjax.training.settings import Settings
 from deqjax.training.state import TrainState, merged, named_leaves
 from deqjax.training.task import Task
-
-# Of the backward solve, what is worth a place in the log.
-BACKWARD_VITALS = ("abs", "rel", "steps", "converged", "non_finite")
 
 
 class Program(NamedTuple):
@@ -66,7 +64,7 @@ def prepare(task: Task, config: Mapping, mesh, batch=None) -> Program:
             check_divisible(mesh, array.shape[0] if array.ndim else 0, f"The batch's {name!r}", settings.accumulate)
         loss = loss_function(task, graphdef, seed)
         metrics = jax.eval_shape(loss, params, probes, variables, batch, jnp.zeros((), jnp.int32))[1][0]
-        backward = [f"backward/{name}" for name in BACKWARD_VITALS] if jax.tree.leaves(probes) else []
+        backward = vitals(dict.fromkeys(PROBE_ENTRIES, 0), side="backward") if jax.tree.leaves(probes) else ()
         metric_names = (*metrics, *backward)
 
     def create() -> TrainState:
@@ -126,7 +124,7 @@ def step_function(task: Task, config: Mapping, program: Program, log_every: int)
         if jax.tree.leaves(measured):
             # The "gradient" of a probe: statistics of the backward solve, summed over samples.
             backward = dict(zip(PROBE_ENTRIES, sum(jax.tree.leaves(measured)), strict=True))
-            metrics = metrics | {f"backward/{name}": (backward[name], backward["samples"]) for name in BACKWARD_VITALS}
+            metrics = metrics | vitals(backward, side="backward")
 
         fresh, sums = state.step % log_every == 0, {}
         for name, (total, count) in metrics.items():
