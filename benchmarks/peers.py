@@ -45,6 +45,7 @@ def _deqjax(budget):
     memory = {} if budget.memory is None else {"memory": budget.memory}
     solvers = {
         "picard": deqjax.Picard(**common),
+        "picard, absolute": deqjax.Picard(**common, stop_mode="abs"),  # as jaxopt stops
         "picard, unmonitored": deqjax.Picard(**common, monitor=False),
         "anderson": deqjax.Anderson(**common, **memory),
         "broyden": deqjax.Broyden(**common, **memory),

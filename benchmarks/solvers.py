@@ -106,7 +106,7 @@ def equal_accuracy(problem, threads):
     calls, reached = {}, {}
     for tol in TOLERANCES:
         budget = Budget(problem.steps, tol, memory=None)
-        solvers = {key: (in_jax, solve) for key, solve in jax_solvers(budget).items() if "unmonitored" not in key[1]}
+        solvers = {key: (in_jax, solve) for key, solve in jax_solvers(budget).items() if "," not in key[1]}
         solvers |= {("torchdeq", method): (in_torch, solve) for method, solve in torchdeq_solvers(budget).items()}
         for key in solvers.keys() - calls.keys():
             make, solve = solvers[key]

@@ -37,7 +37,9 @@ def test_the_solver_benchmark_writes_both_tables(tmp_path):
     assert "time to a relative residual" in out
     rows = [row for row in json.loads(file.read_text())["equal accuracy"] if row["library"] == "deqjax"]
     assert {row["method"] for row in rows} == {"picard", "anderson", "broyden"}
-    assert all(row["residual"] < 2e-5 for row in rows)
+    reached = [row for row in rows if row["seconds"]]
+    assert len(reached) == 5  # plain steps do not get there at radius 0.97
+    assert all(row["residual"] <= 1e-5 for row in reached)
 
 
 def test_the_maps_of_the_benchmark_keep_the_shapes_of_their_states():

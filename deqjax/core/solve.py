@@ -140,7 +140,7 @@ def _record(carry: _Carry, f_z, solver: Solver) -> tuple[_Carry, jax.Array]:
     residual, lowest = (absolute, carry.abs_lowest) if solver.stop_mode == "abs" else (relative, carry.rel_lowest)
 
     active = ~carry.finished
-    finite = jnp.isfinite(absolute) & jnp.isfinite(relative)
+    finite = jnp.isfinite(absolute)  # then the relative one is finite, too; so it costs nothing where nobody reads it
     eligible = active & finite & (carry.step >= solver.burn_in)
     improved = eligible & ((residual < lowest) | solver.return_final)
     candidate = f_z if solver.candidate == "image" else carry.z
