@@ -15,7 +15,8 @@ def _linear(n: int, k: int, gamma: float = 0.9, bias: float = 0.0) -> float:
     return 1 - (n - 1 - k) / n * gamma + bias
 
 
-def _constant(n: int, k: int, c: float = 1.0) -> float:
+def _constant(n: int, k: int, c: float = 1.0, gamma: float = 1.0) -> float:
+    # A config's gamma goes to every weighting; this one does not decay.
     return c
 
 
@@ -48,8 +49,13 @@ def fixed_point_correction(criterion: Callable, *args, weighting: str = "exp", r
       weighting: "exp" (gamma 0.8), "linear" (gamma 0.9, bias 0), "const" (c 1), or a registered name.
       return_values: also return the list of unweighted losses.
       **options: of the weighting.
+
+    Raises:
+      ValueError: no weighting has this name, or there is nothing to sum.
     """
     columns = [a if isinstance(a, (list, tuple)) else [a] for a in args]
+    if not columns or not all(columns):
+        raise ValueError("there is no state to supervise: an argument of the criterion is an empty list, or there is none.")
     n = max(map(len, columns))
     values = [criterion(*(column[k % len(column)] for column in columns)) for k in range(n)]
     weights = correction_weights(n, weighting, **options)

@@ -74,11 +74,13 @@ def spectral_radius(
       method: "power" or "arnoldi".
 
     Raises:
-      ValueError: no such method.
+      ValueError: there is no such method, or neither a key nor a start.
     """
     if method not in ("power", "arnoldi"):
         raise ValueError(f'method={method!r}: must be "power" or "arnoldi".')
     if start is None:
+        if key is None:
+            raise ValueError("spectral_radius draws its start: give a key, or the start itself.")
         leaves, structure = jax.tree.flatten(z)
         keys = jax.random.split(key, len(leaves))
         drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
@@ -90,10 +92,9 @@ def spectral_radius(
     def iterate(_, carry):
         v, _ = carry
         image = pullback(v)[0]
-        eigenvalue = batched.inner(image, v) / batched.inner(v, v)
-        zeros = jax.tree.map(jnp.zeros_like, image)
-        length = batched.norm(image)
-        return batched.add_scaled(zeros, 1 / jnp.where(length > 0, length, 1), image), eigenvalue
+        # Zero once v is: J^T maps everything that is left to nothing.
+        eigenvalue = batched.inner(image, v) * _reciprocal(batched.inner(v, v))
+        return batched.scaled(_reciprocal(batched.norm(image)), image), eigenvalue
 
     _, eigenvalue = jax.lax.fori_loop(0, steps, iterate, (start, batched.norm(start)))
     return jnp.abs(eigenvalue)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax import Anderson, jacobian_loss, spectral_radius
+from deqjax import Anderson, fixed_point_correction, jacobian_loss, spectral_radius
 from tests.core.test_solvers import with_spectrum
 
 
@@ -47,3 +47,21 @@ def test_check_gradients_ranks_the_rules(problem):
 def test_a_jacobian_loss_without_probes_asks_for_a_key():
     with pytest.raises(ValueError, match="give a key"):
         jacobian_loss(jnp.tanh, jnp.zeros((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["power", "arnoldi"])
+def test_a_map_that_forgets_its_state_has_no_radius(method):
+    """A nilpotent Jacobian and an empty one: every power of them ends in nothing."""
+    A = jnp.stack([jnp.diag(jnp.ones(3), 1), jnp.zeros((4, 4))])
+    f = lambda z: jnp.einsum("BD,BDE->BE", z, A)
+    np.testing.assert_allclose(spectral_radius(f, jnp.zeros((2, 4)), jax.random.key(0), steps=10, method=method), 0, atol=1e-3)
+    with pytest.raises(ValueError, match="give a key"):
+        spectral_radius(f, jnp.zeros((2, 4)), method=method)
+
+
+def test_the_correction_with_constant_weights_takes_the_gamma_of_a_config():
+    criterion = lambda z, target: jnp.abs(z - target)
+    total = fixed_point_correction(criterion, [1.0, 2.0, 3.0], 0.0, weighting="const", gamma=0.8)
+    np.testing.assert_allclose(total, 6.0)
+    with pytest.raises(ValueError, match="no state"):
+        fixed_point_correction(criterion, [], 0.0)
