@@ -47,7 +47,10 @@ class VariationalDropout:
         """
         if key is None or self.rate == 0:
             return None
-        shape = tuple(1 if axis in self.shared else n for axis, n in enumerate(shape))
+        if not all(-len(shape) <= axis < len(shape) for axis in self.shared):
+            raise ValueError(f"shared={self.shared}: not all of these are axes of {tuple(shape)}.")
+        shared = {axis % len(shape) for axis in self.shared}
+        shape = tuple(1 if axis in shared else n for axis, n in enumerate(shape))
         if self.rate == 1:
             return jnp.zeros(shape, dtype)
         keep = 1 - self.rate

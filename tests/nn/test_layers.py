@@ -149,3 +149,7 @@ def test_dropout_of_channels_and_tokens(n):
     assert VariationalDropout(0.5).mask(jax.random.key(0), shape, jnp.bfloat16).dtype == jnp.bfloat16
     for mask in (channels, tokens):
         assert set(np.unique(mask)) == {0.0, 2.0}
+    negative = VariationalDropout(0.5, (-1,)).mask(jax.random.key(0), shape)
+    np.testing.assert_array_equal(negative, tokens)
+    with pytest.raises(ValueError, match="not all of these are axes"):
+        VariationalDropout(0.5, (7,)).mask(jax.random.key(0), shape)
