@@ -9,6 +9,7 @@ from deqjax import Anderson, Broyden, NewtonKrylov, Picard, Status, fixed_point
 from deqjax.core.small_systems import solve_lower, solve_positive
 from deqjax.core.solve import solve
 from deqjax.core.solvers.broyden import inverse_transposed
+from deqjax.core.solvers.line_search import step_length
 from deqjax.core.solvers.torchdeq_broyden import TorchDEQBroyden
 from tests.core.test_fixed_point import named
 
@@ -105,6 +106,18 @@ def test_nothing_compiles_again_when_numbers_change():
     for tol, damping, scale in ((1e-3, 1.0, 1.0), (1e-6, 0.5, 2.0)):
         run(jnp.asarray(tol), jnp.asarray(damping), scale * jnp.ones((2, 3)))
     assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("scope", ["sample", "batch"])
+def test_a_line_search_turns_back_from_where_f_is_not_finite(scope):
+    """The full step goes to where f is not defined; a quarter of it is better than none."""
+    z, direction = jnp.asarray([[1.0, 1.0], [0.5, 0.5]]), jnp.asarray([[4.0, 4.0], [-0.2, -0.2]])
+    f = lambda z: z + jnp.where(z < 2.5, jnp.asarray([[3.0], [0.3]]) - z, jnp.nan)
+    length = step_length(f, z, f(z) - z, direction, scope)
+    if scope == "sample":
+        np.testing.assert_allclose(length, [0.25, 1.0])
+    else:
+        np.testing.assert_allclose(length, [0.25, 0.25])
 
 
 @pytest.mark.parametrize("line_search", [None, "sample"])

@@ -38,7 +38,8 @@ def step_length(f, z: State, residual: State, direction: State, scope: str) -> F
     slope = -phi_0
     phi_1 = merit(one)
     accepted = phi_1 <= phi_0 + sufficient * slope
-    s_0, s_1 = one, phi_0 / (2 * phi_1)
+    # Where f is not finite there is nothing to interpolate; half of the step is tried instead.
+    s_0, s_1 = one, jnp.where(jnp.isfinite(phi_1), phi_0 / (2 * phi_1), 0.5)
 
     def open_(carry):
         _, s_1, _, _, accepted, _ = carry
@@ -53,6 +54,7 @@ def step_length(f, z: State, residual: State, direction: State, scope: str) -> F
         a = (s_0**2 * r_1 - s_1**2 * r_0) / scale
         b = (-(s_0**3) * r_1 + s_1**3 * r_0) / scale
         s_2 = (-b + jnp.sqrt(jnp.abs(b**2 - 3 * a * slope))) / (3 * a)
+        s_2 = jnp.where(jnp.isfinite(phi_s0) & jnp.isfinite(phi_s1), s_2, s_1 / 2)
         s_2 = jnp.where(active, s_2, s_1)
         phi_s2 = merit(s_2)
         good = active & (phi_s2 <= phi_0 + sufficient * s_2 * slope)
