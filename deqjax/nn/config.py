@@ -114,6 +114,8 @@ class DEQConfig:
             raise ValueError('core="indexing" takes its states from the solve, but f_max_iter=0 solves nothing; use "sliced".')
         if any(not 1 <= step <= self.f_max_iter for step in self.indexing):
             raise ValueError(f"indexing={self.indexing}: steps must lie between 1 and f_max_iter={self.f_max_iter}.")
+        if list(self.indexing) != sorted(self.indexing):
+            raise ValueError(f"indexing={self.indexing}: steps must not decrease.")
         if (self.f_tol_start is None) != (self.f_tol_anneal_steps == 0) or self.f_tol_anneal_steps < 0:
             raise ValueError(
                 f"f_tol_start={self.f_tol_start} and f_tol_anneal_steps={self.f_tol_anneal_steps}: an annealed tolerance needs "
@@ -186,7 +188,8 @@ class DEQConfig:
                 steps=steps,
                 damping=self.tau,
                 sample_every=max(self.sup_gap, 0),
-                sample_at=self.sup_loc,
+                # The original returns the last state twice if it is listed.
+                sample_at=tuple(k for k in self.sup_loc if k != steps or self.preset == "torchdeq"),
                 remat=self.remat,
             )
             for steps in self.phantom_steps(n_solved)
@@ -203,16 +206,16 @@ class DEQConfig:
     def step_lists(self, f_max_iter: int) -> tuple[int, ...]:
         """When states are supervised: evaluation counts for the indexing core, budgets of each slice for the sliced one."""
         n = self.n_states
-        if self.core == "indexing":
-            if n > 1:
-                n = min(f_max_iter, n)
-                gap = f_max_iter // n
-                return tuple(f_max_iter - (n - 1 - k) * gap for k in range(n))
-            return tuple(sorted({*self.indexing, f_max_iter}))
+        at = [step for step in self.indexing if step <= f_max_iter]
+        if self.core == "sliced" and (self.preset == "torchdeq" or f_max_iter == 0):
+            # The original drops the remainder, and has slices of no steps where steps are listed twice.
+            bounds = [0, *at, f_max_iter]
+            return (f_max_iter // n,) * n if n > 1 else tuple(b - a for a, b in itertools.pairwise(bounds))
         if n > 1:
-            return (f_max_iter // n,) * n
-        bounds = [0, *self.indexing, f_max_iter]
-        return tuple(b - a for a, b in itertools.pairwise(bounds))
+            n = min(f_max_iter, n)
+            at = [f_max_iter - k * (f_max_iter // n) for k in range(n)]
+        ends = sorted({*at, f_max_iter})
+        return tuple(ends) if self.core == "indexing" else tuple(b - a for a, b in itertools.pairwise([0, *ends]))
 
     def phantom_steps(self, n_states: int) -> tuple[int, ...]:
         """`grad` for each of the supervised states."""

@@ -47,6 +47,36 @@ def test_solves_without_statistics():
 
 
 @pytest.mark.parametrize(
+    ("settings", "sliced", "sampled"),
+    [
+        ({"n_states": 5}, (8, 4, 4, 4, 4), (8, 12, 16, 20, 24)),
+        ({"n_states": 30}, (1,) * 24, tuple(range(1, 25))),
+        ({"indexing": (10, 10, 24)}, (10, 14), (10, 24)),
+        ({"indexing": (6, 12)}, (6, 6, 12), (6, 12, 24)),
+    ],
+    ids=str,
+)
+def test_both_cores_supervise_the_same_steps(settings, sliced, sampled):
+    """All of the budget is used, and no slice is empty."""
+    budgets = {"sliced": sliced, "indexing": sampled}
+    for core, expected in budgets.items():
+        assert DEQConfig(core=core, f_max_iter=24, **settings).step_lists(24) == expected
+
+
+def test_a_call_with_a_smaller_budget_leaves_out_the_steps_past_it():
+    for core, expected in (("sliced", (10, 5)), ("indexing", (10, 15))):
+        deq = DEQ(core=core, indexing=(10, 20))
+        assert deq.config.step_lists(15) == expected
+        run = lambda z, deq=deq: deq(lambda z: 0.5 * z + 1, z, train=True, solver_options={"f_max_iter": 15}).states
+        assert len(jax.eval_shape(run, jnp.zeros((2, 3)))) == 2
+
+
+def test_the_last_phantom_state_is_returned_once():
+    for preset, n in ((None, 2), ("torchdeq", 3)):
+        assert DEQConfig(preset=preset, grad=4, sup_loc=(2, 4)).n_supervised == n
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"b_solver": "shine"}, "needs f_solver"),
@@ -55,6 +85,7 @@ def test_solves_without_statistics():
         ({"f_tol_start": 0.1, "f_tol_anneal_steps": 5, "f_tol": 0.0}, "positive"),
         ({"f_solvr": "anderson"}, "f_solver"),
         ({"norm_type": "weightnorm"}, "weight_norm"),
+        ({"indexing": (20, 10)}, "must not decrease"),
     ],
     ids=str,
 )
