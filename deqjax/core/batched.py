@@ -103,7 +103,9 @@ def write_after(
     the reads, by a condition that never holds, which the compiler does not know. It is one per sample, so that samples on
     different devices have nothing to tell each other.
     """
-    first = [x[(slice(None), *(0,) * (x.ndim - 1))] for x in jax.tree.leaves(reads)]
+    first = [x[(slice(None), *(0,) * (x.ndim - 1))] for x in jax.tree.leaves(reads) if 0 not in x.shape[1:]]
+    if not first:
+        return write(history, slot, state)
     never_B = functools.reduce(operator.or_, (jnp.abs(x) > jnp.inf for x in first))
     return write(history, slot, select(never_B, jax.tree.map(jnp.zeros_like, state), state))
 

@@ -65,7 +65,7 @@ class Reversible(Gradient):
                 record = lambda trace, new: jnp.where(later, new[:, None], trace)  # noqa: E731
                 return step + 1, y, z, done, record(abs_trace, absolute), record(rel_trace, relative)
 
-            start = (jnp.zeros((), jnp.int32), z_init, z_init, jnp.zeros((), bool), trace, trace)
+            start = (jnp.zeros((), jnp.int32), z_init, z_init, jnp.any(zero != 0), trace, trace)
             step, y, z, _, abs_trace, rel_trace = jax.lax.while_loop(unfinished, advance, start)
             stats = statistics_of_traces(abs_trace, rel_trace, solver)
             taken = jnp.full_like(stats.steps, 2 * step)

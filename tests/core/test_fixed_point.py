@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 import deqjax
-from deqjax import Anderson, Broyden, Implicit, OneStep, Phantom, Picard, Status, Unrolled, fixed_point
+from deqjax import (
+    Anderson,
+    Broyden,
+    Implicit,
+    NewtonKrylov,
+    OneStep,
+    Phantom,
+    Picard,
+    Reversible,
+    Status,
+    Unrolled,
+    fixed_point,
+)
 from deqjax.core.solve import solve
 
 # Unrolled past convergence, Anderson would differentiate rounding: 22 steps reach it.
@@ -137,6 +149,9 @@ def test_the_batch_may_lie_along_another_axis(axis, problem):
 def test_a_batch_of_nothing_is_solved_at_once():
     solution = fixed_point(lambda z: 0.5 * z, jnp.zeros((0, 3)))
     assert solution.value.shape == (0, 3) and solution.stats.steps.shape == (0,)
+    empty = fixed_point(lambda z: (0.5 * z[0] + 1, z[1]), (jnp.zeros((2, 3)), jnp.zeros((2, 0)))).value
+    np.testing.assert_allclose(empty[0], 2, rtol=1e-2)
+    assert empty[1].shape == (2, 0)
 
 
 @pytest.mark.parametrize("solver", [Picard(tol=1e-6), Anderson(tol=1e-6), Broyden(tol=1e-6)], ids=named)
@@ -158,6 +173,19 @@ def test_shard_map_stops_every_shard_on_its_own(solver):
         np.testing.assert_array_equal(steps[2 * i : 2 * i + 2], alone_steps)
     text = sharded.lower(rates).compile().as_text()
     assert "all-reduce" not in text and "all-gather" not in text
+
+
+def test_inside_shard_map_a_rule_or_solver_runs_or_says_why_not():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+
+    def trace(**options):
+        run = lambda x: fixed_point(lambda z: 0.5 * z + x, jnp.zeros_like(x), **options).value
+        return jax.eval_shape(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec), jnp.ones((8, 3)))
+
+    trace(gradient=Reversible())
+    with pytest.raises(NotImplementedError, match="check_vma=False"):
+        trace(solver=NewtonKrylov())
 
 
 @pytest.mark.parametrize("solver", [Picard(tol=1e-6), Anderson(tol=1e-6), Broyden(tol=1e-6)], ids=named)

@@ -6,6 +6,7 @@ samples thus share every application of A and nothing else: each has its own Kry
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,9 @@ class LinearSolver:
     max_steps: int = 40
     tol: float = 1e-6
 
+    # Its loops start from constants, which shard_map refuses where it checks what varies.
+    constant_starts: ClassVar[bool] = True
+
     def __post_init__(self):
         require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
 
@@ -71,8 +75,16 @@ class LinearSolver:
         Returns:
           The solution and its statistics; `jax.scipy` does not count its steps, so the budget stands for them. A sample
           whose method broke down returns c.
+
+        Raises:
+          NotImplementedError: GMRES or BiCGSTAB inside a shard_map that checks what varies.
         """
         leaves, structure = jax.tree.flatten(c)
+        if self.constant_starts and any(getattr(jax.typeof(x), "vma", ()) for x in leaves):
+            raise NotImplementedError(
+                f"the loops of jax.scipy's {type(self).__name__} do not say what differs between devices, as shard_map wants "
+                "to know: give shard_map check_vma=False, or take NormalCG or Anderson, or for the forward solve Broyden."
+            )
         # jax.scipy adds up inner products of leaves as they are, so all of them get one dtype there.
         dtype = batched.accumulation_dtype(c)
 
@@ -133,6 +145,8 @@ class NormalCG(LinearSolver):
 
     Every step takes a product with the Jacobian and one with its transpose. `tol` is of the normal equations' residual.
     """
+
+    constant_starts: ClassVar[bool] = False
 
     def _solve_one(self, matvec, rmatvec, c, tol):
         rhs = rmatvec(c)
