@@ -46,6 +46,13 @@ def norm(state: State) -> Float[Array, " B"]:
     return jnp.sqrt(functools.reduce(operator.add, map(squares, jax.tree.leaves(state))))
 
 
+def largest(state: State) -> Float[Array, " B"]:
+    """The largest |entry| of every sample over all leaves: `[B]`."""
+    dtype = accumulation_dtype(state)
+    sizes = (jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0).astype(dtype) for x in jax.tree.leaves(state))
+    return functools.reduce(jnp.maximum, sizes)
+
+
 def inner(a: State, b: State) -> Inexact[Array, " B"]:
     """Inner product of every sample over all leaves: `[B]`."""
     dtype = accumulation_dtype(a)

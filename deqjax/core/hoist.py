@@ -26,6 +26,15 @@ class Hoisted(NamedTuple):
         """The same map without gradients to anything that f captured."""
         return self._replace(constants=[jax.lax.stop_gradient(c) for c in self.constants])
 
+    def plus(self, c) -> "Hoisted":
+        """`z -> function(constants, z) + c`, with the leaves of c among the constants."""
+        n, structure = len(self.constants), jax.tree.structure(c)
+
+        def function(constants, z):
+            return jax.tree.map(jnp.add, self.function(constants[:n], z), jax.tree.unflatten(structure, constants[n:]))
+
+        return Hoisted(function, [*self.constants, *jax.tree.leaves(c)])
+
     def split(self) -> tuple[list, list, Callable[[list, list], "Hoisted"]]:
         """The constants that carry gradients, the others, and the map that makes a `Hoisted` of such lists.
 

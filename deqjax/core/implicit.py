@@ -47,6 +47,8 @@ class Implicit(Gradient):
     forward_mode: bool = False
 
     def __post_init__(self):
+        kinds = (Solver, LinearSolver, SHINE)
+        require(isinstance(self.solver, kinds), "solver", self.solver, "a solver such as Anderson(max_steps=40) or GMRES()")
         require(self.jacobian_at in ("point", "image"), "jacobian_at", self.jacobian_at, '"point" or "image"')
         if self.forward_mode and (self.jacobian_at == "image" or isinstance(self.solver, SHINE)):
             raise ValueError('forward_mode needs jacobian_at="point" and a solver that is not SHINE.')
@@ -86,17 +88,33 @@ class Implicit(Gradient):
 
     def _solve_adjoint(self, jacobian_transposed, cotangent, method) -> tuple:
         """u = J^T u + c, itself differentiable, and the statistics of the solve."""
-        affine = hoist(lambda u: jax.tree.map(jnp.add, jacobian_transposed(u), cotangent), cotangent)
-        u, stats = self._solve_linear(jacobian_transposed, affine, cotangent, method)
-        return dataclasses.replace(self, polish=False).attach(affine, u, None, method)[-1], stats
+        linear = hoist(jacobian_transposed, cotangent)
+        u, stats = self._solve_linear(linear, cotangent, method)
+        return dataclasses.replace(self, polish=False).attach(linear.plus(cotangent), u, None, method)[-1], stats
 
-    def _solve_linear(self, linear, affine: Hoisted, c: State, method=None) -> tuple[State, SolverStats]:
-        """u = A u + c without gradients, given A and the map of both."""
-        c = jax.lax.stop_gradient(c)
-        if isinstance(self.solver, Solver):
-            solved = solve(affine.detached(), jax.tree.map(jnp.zeros_like, c), self.solver)
-            return solved.value, solved.stats
-        return self.solver.solve(hoist(linear, c).detached(), c, method)
+    def _solve_linear(self, linear: Hoisted, c: State, method=None) -> tuple[State, SolverStats]:
+        """u = A u + c without gradients."""
+        linear, c = linear.detached(), jax.lax.stop_gradient(c)
+        solver = self.solver.solver if isinstance(self.solver, SHINE) else self.solver
+        if isinstance(solver, Solver) and solver.stop_mode == "abs":
+            return self._solve_as_it_is(linear, c, method)
+        # The system is linear, so its size is free. Squares of numbers much smaller or larger than 1 would leave the dtype's
+        # range, and relative residuals have a floor.
+        size = batched.largest(c)
+        extreme = ((size < 1e-8) | (size > 1e8)) & (size > 0) & jnp.isfinite(size)
+        size = jnp.where(extreme, size, 1)
+        by_sample = lambda operation, tree: jax.tree.map(  # noqa: E731
+            lambda x: operation(x, batched.per_sample(size, x).astype(x.dtype)), tree
+        )
+        u, stats = self._solve_as_it_is(linear, by_sample(jnp.divide, c), method)
+        absolute = {"abs_lowest": stats.abs_lowest * size, "abs_trace": stats.abs_trace * size[:, None]}
+        return by_sample(jnp.multiply, u), dataclasses.replace(stats, **absolute)
+
+    def _solve_as_it_is(self, linear, c, method):
+        if not isinstance(self.solver, Solver):
+            return self.solver.solve(linear, c, method)
+        solved = solve(linear.plus(c), jax.tree.map(jnp.zeros_like, c), self.solver)
+        return solved.value, solved.stats
 
     # Forward mode ----------------------------------------------------------------------------------------------------
 
@@ -116,9 +134,7 @@ class Implicit(Gradient):
             residual_map = lambda dz: batched.subtract(dz, pushforward(still, dz))  # noqa: E731
 
             def solve_residual(residual_map, b):
-                linear = lambda u: batched.subtract(u, residual_map(u))  # noqa: E731
-                affine = hoist(lambda u: jax.tree.map(jnp.add, linear(u), b), b)
-                return self._solve_linear(linear, affine, b)[0]
+                return self._solve_linear(hoist(lambda u: batched.subtract(u, residual_map(u)), b), b)[0]
 
             dz = jax.lax.custom_linear_solve(residual_map, explicit, solve_residual, solve_residual)
             return (image if self.polish else z), dz

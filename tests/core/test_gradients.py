@@ -89,6 +89,23 @@ def test_krylov_adjoints_treat_samples_alone(problem):
     np.testing.assert_allclose(gradient(x)[1:2], gradient(x[1:2]), atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("adjoint", [Anderson(tol=1e-5), GMRES(tol=1e-5)], ids=named)
+def test_gradients_scale_with_the_loss_however_small_or_large(adjoint, dtype, problem):
+    W, x = (a.astype(dtype) for a in problem)
+
+    def gradient(scale):
+        of = lambda W: jnp.sum(cell_value(W) ** 2) * scale
+        cell_value = lambda W: (
+            fixed_point(cell, jnp.zeros_like(x), W, x, solver=Anderson(), gradient=Implicit(solver=adjoint)).value
+        )
+        return jax.grad(of)(2 * W) / scale
+
+    gradient = jax.jit(gradient)
+    for scale in (1e-12, 1e-22, 1e22):
+        np.testing.assert_allclose(gradient(jnp.asarray(scale, dtype)), gradient(jnp.ones((), dtype)), rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("rule", [Implicit(solver=GMRES(max_steps=20, tol=1e-13)), Reversible()], ids=named)
 def test_integers_booleans_and_keys_may_be_captured(rule, problem):
     W, x = problem

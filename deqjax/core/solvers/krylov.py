@@ -107,7 +107,11 @@ class LinearSolver:
         matvec, rmatvec = operator(residual_map, transposed_map), operator(transposed_map, residual_map)
         tol = jnp.full_like(batched.norm(c), self.tol) if tol is None else tol
         solve_one = lambda c, tol: self._solve_one(matvec, rmatvec, c, tol)  # noqa: E731
-        u = state(jax.vmap(solve_one)([x.astype(dtype) for x in leaves], tol))
+        # The system is linear, so its size is free; jax.scipy takes what is below the dtype's resolution for zero.
+        size = batched.largest(c)
+        size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+        columns = jax.vmap(solve_one)([x.astype(dtype) / batched.per_sample(size, x) for x in leaves], tol)
+        u = state([x * batched.per_sample(size, x) for x in columns])
         return _checked(linear, u, c, tol, self.max_steps)
 
     def _solve_one(self, matvec, rmatvec, c: list, tol) -> list:

@@ -51,11 +51,7 @@ class SHINE:
         size = batched.norm(u)
         sound = jnp.isfinite(size) & (size <= self.fallback * batched.norm(c))
         u = batched.select(sound, u, c)
-        affine = Hoisted(
-            lambda constants, u: jax.tree.map(jnp.add, linear.function(constants[:-1], u), constants[-1]),
-            [*linear.constants, c],
-        )
         solver = dataclasses.replace(self.solver, max_steps=max(self.refine, 1))
-        solved = solve(affine, u, solver)
+        solved = solve(linear.plus(c), u, solver)
         # Without refinement the one evaluation only measures the residual.
         return (solved.value if self.refine else u), solved.stats
