@@ -19,7 +19,7 @@ except ImportError:
 
     Bool = Float = Inexact = Int = Key = PyTree = Shaped = _Unchecked
 
-# A state of B samples: any tree of floating-point (or complex) arrays with the batch axis first.
+# A state of B samples: any tree of floating-point arrays with the batch axis first.
 State = PyTree[Inexact[Array, "B ..."]]
 
 __all__ = ["Array", "ArrayLike", "Bool", "Float", "Inexact", "Int", "Key", "PyTree", "Shaped", "State"]

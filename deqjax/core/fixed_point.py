@@ -61,7 +61,8 @@ def fixed_point(
       z_init: where to start: any pytree of floating point leaves.
       *args: further arguments of f; gradients flow to them.
       solver: of the forward problem.
-      gradient: the rule that gives the value its gradient. No rule but `Unrolled` gives one to `z_init`.
+      gradient: the rule that gives the value its gradient. No rule but `Unrolled` and `Reversible` gives one to
+        `z_init`.
       batch_axis: which axis of every leaf counts independent samples; None if the whole state is one problem. The solver
         works with that axis first, so any but 0 costs a transposition in every step unless the compiler can fold it away.
       sample_at: steps at which to record the best iterate.
@@ -75,10 +76,14 @@ def fixed_point(
         `Solution.stats`.
       ValueError: leaves do not share the batch axis, or `sample_at` does not fit the solver's budget.
     """
+    _check_kind("solver", solver, Solver, "Anderson(max_steps=40); get_solver(name) makes one by name")
+    _check_kind("gradient", gradient, Gradient, "Implicit()")
     z_init = hoisting.as_state(z_init)
     inward, outward = _to_batch_first(z_init, batch_axis)
     z_init = inward(z_init)
-    hoisted = hoisting.hoist(lambda z: inward(f(outward(z), *args)), z_init)
+    # Checked in the caller's layout, of which the error speaks.
+    image = lambda z: hoisting.as_image(z, f(z, *args))  # noqa: E731
+    hoisted = hoisting.hoist(lambda z: inward(image(outward(z))), z_init)
     solved = gradient.solve(hoisted, z_init, solver, sample_at)
     states, samples = gradient.attach(hoisted, solved.value, adjoint_probe, solved.method), solved.samples
     states, samples = outward(states), outward(samples)
@@ -89,8 +94,10 @@ def _to_batch_first(z, batch_axis):
     """The maps from the caller's layout to one with the samples along axis 0, and back."""
     if batch_axis is None:
         # One sample; every operation is then the same.
-        return lambda tree: jax.tree.map(lambda x: x[None], tree), lambda tree: jax.tree.map(lambda x: x[0], tree)
-    _check_batch(z, batch_axis)
+        inward, outward = (lambda tree, i=i: jax.tree.map(lambda x: x[i], tree) for i in (None, 0))
+        hoisting.check_batch(inward(z))
+        return inward, outward
+    hoisting.check_batch(z, batch_axis)
     if batch_axis == 0:
         return lambda tree: tree, lambda tree: tree
 
@@ -100,14 +107,6 @@ def _to_batch_first(z, batch_axis):
     return moved(batch_axis, 0), moved(0, batch_axis)
 
 
-def _check_batch(z, axis):
-    leaves = jax.tree_util.tree_leaves_with_path(z)
-    if not leaves:
-        raise ValueError("z_init has no leaves: there is nothing to solve for.")
-    length = lambda x: x.shape[axis] if -x.ndim <= axis < x.ndim else None  # noqa: E731
-    sizes = {jax.tree_util.keystr(path): length(x) for path, x in leaves}
-    if len(set(sizes.values())) > 1 or None in sizes.values():
-        raise ValueError(
-            f"every leaf of z_init needs the same batch axis {axis}, but their lengths there are {sizes}. "
-            "If the whole state is one problem, pass batch_axis=None."
-        )
+def _check_kind(name, value, kind, example):
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: must be a {kind.__name__} such as {example}.")

@@ -57,8 +57,7 @@ def hoist(f: Callable, z) -> Hoisted:
     Raises:
       TypeError: f changes the structure, a shape or a dtype of the state, or a leaf cannot be iterated on.
     """
-    closed, out = jax.make_jaxpr(f, return_shape=True)(z)
-    _check_maps_to_itself(z, out)
+    closed = jax.make_jaxpr(lambda z: as_image(z, f(z)))(z)
     structure = jax.tree.structure(z)
 
     def function(constants, z):
@@ -74,33 +73,59 @@ def _with_constants(closed, constants):
 
 
 def as_state(z):
-    """The state as arrays of inexact dtype, weak types made strong.
+    """The state as arrays of floating-point dtype, weak types made strong.
 
     Raises:
-      TypeError: a leaf is not floating point or complex.
+      TypeError: a leaf is not floating point.
     """
 
     def strong(path, x):
         x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            advice = "Convert it (z.astype(jnp.float32)) or let f close over it instead of iterating on it."
+            if jnp.issubdtype(x.dtype, jnp.complexfloating):
+                advice = "Iterate on its real and imaginary parts, as two leaves."
             raise TypeError(
-                f"the state leaf z{jax.tree_util.keystr(path)} has dtype {x.dtype}; a solver needs floating point. "
-                "Convert it (z.astype(jnp.float32)) or let f close over it instead of iterating on it."
+                f"the state leaf z{jax.tree_util.keystr(path)} has dtype {x.dtype}; a solver needs floating point. {advice}"
             )
         return jax.lax.convert_element_type(x, x.dtype)
 
     return jax.tree_util.tree_map_with_path(strong, z)
 
 
-def _check_maps_to_itself(z, out):
-    if jax.tree.structure(z) != jax.tree.structure(out):
-        raise TypeError(
-            f"f must return a state with the structure of its input: got {jax.tree.structure(out)} for {jax.tree.structure(z)}."
+def check_batch(z, axis: int = 0):
+    """Refuses a state whose leaves do not share a batch axis.
+
+    Raises:
+      ValueError: a leaf has no such axis or another length there, or there is no leaf at all.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(z)
+    if not leaves:
+        raise ValueError("z_init has no leaves: there is nothing to solve for.")
+    length = lambda x: x.shape[axis] if -x.ndim <= axis < x.ndim else None  # noqa: E731
+    sizes = {jax.tree_util.keystr(path): length(x) for path, x in leaves}
+    if len(set(sizes.values())) > 1 or None in sizes.values():
+        raise ValueError(
+            f"every leaf of z_init needs the same batch axis {axis}, but their lengths there are {sizes}. "
+            "If the whole state is one problem, pass batch_axis=None to fixed_point."
         )
-    for (path, given), returned in zip(jax.tree_util.tree_leaves_with_path(z), jax.tree.leaves(out), strict=True):
+
+
+def as_image(z, image):
+    """What f returned for z, as arrays.
+
+    Raises:
+      TypeError: it is no state like z.
+    """
+    given, returned = jax.tree.structure(z), jax.tree.structure(image)
+    if given != returned:
+        raise TypeError(f"f must return a state with the structure of its input: got {returned} for {given}.")
+    image = jax.tree.map(jnp.asarray, image)
+    for (path, given), returned in zip(jax.tree_util.tree_leaves_with_path(z), jax.tree.leaves(image), strict=True):
         if given.shape != returned.shape or given.dtype != returned.dtype:
             raise TypeError(
                 f"f must keep shape and dtype of every leaf: z{jax.tree_util.keystr(path)} is "
                 f"{given.dtype}{list(given.shape)} but f returned {returned.dtype}{list(returned.shape)}. "
                 "Start from a z_init of the returned shape, or cast f's result (x.astype(z.dtype))."
             )
+    return image

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from deqjax.core import batched
 from deqjax.core.annotations import Array, ArrayLike, Float, Int, State
+from deqjax.core.hoist import Hoisted, as_image, as_state, check_batch
 from deqjax.core.solvers.base import Solver
 from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 
@@ -67,7 +68,15 @@ def solve(
 
     Returns:
       The best state, the recorded states, the statistics and the state of the method.
+
+    Raises:
+      TypeError: f does not map states to states, or a leaf is not floating point.
+      ValueError: leaves do not share the batch axis, or `sample_at` or `limit` does not fit the solver.
     """
+    if not isinstance(f, Hoisted):
+        # A hoisted map has been checked.
+        z_init, f = as_state(z_init), lambda z, f=f: as_image(z, f(z))
+        check_batch(z_init)
     _check_samples(sample_at, solver.max_steps)
     if solver.max_steps == 0:
         return Solved(z_init, (), _unsolved(z_init))

@@ -9,7 +9,7 @@ from flax import nnx
 
 from deqjax.core.annotations import Array, Key, PyTree, State
 from deqjax.core.gradients import adjoint_probe, damped
-from deqjax.core.hoist import Hoisted, as_state, hoist
+from deqjax.core.hoist import Hoisted, as_state, check_batch, hoist
 from deqjax.core.implicit import Implicit
 from deqjax.core.solve import solve
 from deqjax.core.stability import spectral_radius
@@ -66,6 +66,7 @@ class DEQ(nnx.Module):
           key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
         """
         z_init = as_state(z_init)
+        check_batch(z_init)
         f = hoist(f, z_init)
         options = dict(solver_options or {})
         max_iter = options.pop("f_max_iter", self.config.f_max_iter)

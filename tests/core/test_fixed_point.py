@@ -1,6 +1,7 @@
 """What a fixed-point solver and its gradients must satisfy."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -288,16 +289,34 @@ def test_sharding_over_the_batch_needs_one_reduction_per_step(problem):
         (lambda z: z.astype(jnp.float32), jnp.zeros((2, 3)), "float32"),
         (lambda z: (z, z), jnp.zeros((2, 3)), "structure"),
         (lambda z: z, jnp.zeros((2, 3), jnp.int32), "floating point"),
+        # The length of a complex vector is not that of its parts: (1, i) would count as converged.
+        (lambda z: 0.9j * z, jnp.zeros((2, 3), jnp.complex128), "real and imaginary parts"),
     ],
 )
 def test_a_map_that_is_not_one_of_states_is_explained(f, z, message):
-    with pytest.raises(TypeError, match=message):
-        fixed_point(f, z)
+    for call in (fixed_point, lambda f, z: inspect.unwrap(solve)(f, z, Picard())):
+        with pytest.raises(TypeError, match=message):
+            call(f, z)
+
+
+@pytest.mark.parametrize("axis", [1, -1, None])
+def test_the_shapes_in_an_error_are_the_callers(axis):
+    with pytest.raises(TypeError, match=r"z is float64\[2, 3\] but f returned float64\[3\]"):
+        fixed_point(lambda z: z[0], jnp.zeros((2, 3)), batch_axis=axis)
 
 
 def test_wrong_options_are_explained():
     with pytest.raises(ValueError, match="batch axis"):
         fixed_point(lambda z: z, (jnp.zeros((2, 3)), jnp.zeros((4, 3))))
+    with pytest.raises(ValueError, match="batch axis"):
+        deqjax.DEQ()(lambda z: z, (jnp.zeros((2, 3)), jnp.zeros((4, 3))), train=True)
+    for axis in (0, None):
+        with pytest.raises(ValueError, match="no leaves"):
+            fixed_point(lambda z: z, {}, batch_axis=axis)
+    # What is no solver is told so by the annotations, where they are checked.
+    for wrong in ({"solver": Picard}, {"solver": "anderson"}, {"gradient": "implicit"}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}=.*must be a"):
+            inspect.unwrap(fixed_point)(lambda z: z, jnp.zeros((2, 3)), **wrong)
     with pytest.raises(ValueError, match="stop_mode='relative'"):
         Picard(stop_mode="relative")
     with pytest.raises(ValueError, match="did you mean 'anderson'"):

@@ -1,6 +1,7 @@
 """What a solver is: hyper-parameters, `init` and `step`. The loop belongs to `core.solve`."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -41,6 +42,7 @@ class Solver:
     def __post_init__(self):
         require(self.stop_mode in ("abs", "rel"), "stop_mode", self.stop_mode, '"abs" or "rel"')
         require(self.stop in ("each", "all"), "stop", self.stop, '"each" or "all"')
+        require(isinstance(self.max_steps, numbers.Integral), "max_steps", self.max_steps, "a whole number, no traced one")
         require(self.max_steps >= 0, "max_steps", self.max_steps, "0 or more")
         require(self.check_every >= 1, "check_every", self.check_every, "1 or more")
 
