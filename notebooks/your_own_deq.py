@@ -246,7 +246,7 @@ def train_step(model, optimizer, batch, key):
 # %%
 from deqjax.training.mesh import place_batch
 
-solves = dict(f_solver="anderson", f_stop_mode="rel", f_tol=1e-4, hook_ift=True, b_solver="anderson", b_stop_mode="rel")
+solves = dict(f_solver="anderson", f_stop_mode="rel", f_tol=1e-4, hook_ift=True, b_solver="anderson")
 variants = {
     "nothing": DEQConfig(**solves, norm_type="none"),
     "Jacobian penalty": DEQConfig(**solves, norm_type="none", jac_loss_weight=32.0),

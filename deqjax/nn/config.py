@@ -30,7 +30,8 @@ class DEQConfig:
       no_stat: True takes plain steps without residuals or stopping (Picard only), as "simple_fixed_point_iter" always does.
       f_options, b_options: further options of the solvers, e.g. `{"memory": 5}`.
       b_solver, b_max_iter, b_tol, b_stop_mode: the adjoint solve; besides the forward solvers there are "gmres",
-        "bicgstab", "normal_cg" and, if the forward solver is Broyden's, "shine".
+        "bicgstab", "normal_cg" and, if the forward solver is Broyden's, "shine". b_stop_mode is "rel" if not given, for an
+        absolute tolerance makes gradients depend on the scale of the loss; with the preset "torchdeq" it is "abs".
       eval_factor, eval_f_max_iter: budget of evaluation, as a multiple of f_max_iter or, if positive, outright.
       eval_f_tol: tolerance of evaluation; None takes f_tol.
       ift, hook_ift: implicit gradient for the last state, its Jacobian at f(z*) or at z*.
@@ -58,7 +59,7 @@ class DEQConfig:
     b_solver: str = "fixed_point_iter"
     b_max_iter: int = 40
     b_tol: float = 1e-6
-    b_stop_mode: str = "abs"
+    b_stop_mode: str | None = None
     b_options: Mapping = dataclasses.field(default_factory=dict)
     eval_factor: float = 1.0
     eval_f_max_iter: int = 0
@@ -99,6 +100,8 @@ class DEQConfig:
 
     def __post_init__(self):
         # Hashable, so that a module that holds a config can be a static argument of `jit`.
+        if self.b_stop_mode is None:
+            object.__setattr__(self, "b_stop_mode", "abs" if self.preset == "torchdeq" else "rel")
         for name in ("f_options", "b_options"):
             object.__setattr__(self, name, FrozenDict(getattr(self, name)))
         for name in ("grad", "sup_loc", "indexing"):
