@@ -95,11 +95,11 @@ def test_any_solver_of_the_core_finds_it_through_fixed_point(solver):
     np.testing.assert_allclose(found.value, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("weights", ["prefix", "slot"])
-def test_one_more_slot_is_exact_after_each_evaluation(weights):
+@pytest.mark.parametrize(("weights", "damping"), [("prefix", 1.0), ("prefix", 0.5), ("slot", 1.0)])
+def test_one_more_slot_is_exact_after_each_evaluation(weights, damping):
     system, x_T, _ = problem(T=9)
     expected = sample_ddim(system.denoise, system.chain, x_T).trajectory
-    f, solver = system.map(x_T), TriangularAnderson(weights=weights)
+    f, solver = system.map(x_T), TriangularAnderson(weights=weights, damping=damping)
     z = jnp.repeat(x_T[:, None], len(system.chain), axis=1)
 
     @jax.jit

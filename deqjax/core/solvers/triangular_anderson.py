@@ -68,17 +68,21 @@ class TriangularAnderson(Anderson):
         flat = [x.reshape(*x.shape[:-2], B * T) for x in (*products, state.kept)]
         weights = self._least_squares(*flat, oldest).reshape(N, B, T)
         exact = jnp.minimum(state.exact + 1, T)
+        position = jnp.arange(T, dtype=exact.dtype)[::-1] if self.reverse else jnp.arange(T, dtype=exact.dtype)
+        settled = (position[None] < exact[:, None])[None]
         if self.weights == "prefix":
-            position = jnp.arange(T, dtype=exact.dtype)[::-1] if self.reverse else jnp.arange(T, dtype=exact.dtype)
-            weights = jnp.where((position[None] < exact[:, None])[None], 0, weights)
+            weights = jnp.where(settled, 0, weights)
 
         newest = 1 - jnp.sum(weights, axis=0, keepdims=True)
         with_newest = lambda history, x: _combine(history, weights, x, newest)  # noqa: E731
         combined = with_newest(state.images, f_z)
         if not (isinstance(self.damping, (int, float)) and self.damping == 1):
             pull = jnp.where(state.count > 0, 1 - jnp.asarray(self.damping, weights.dtype), 0)
-            pulled = with_newest(state.residuals, residual)
-            combined = jax.tree.map(lambda x, r: x - pull.astype(x.dtype) * r, combined, pulled)
+            if self.weights == "prefix":
+                # Damped, an exact slot would be pulled back to where it was before.
+                pull = jnp.where(settled, 0, pull)
+            pulled = _combine(state.residuals, weights * pull, residual, newest * pull)
+            combined = jax.tree.map(lambda x, r: x - r, combined, pulled)
         return combined, _State(
             state.count + 1,
             batched.write_after(combined, state.images, oldest, f_z),
