@@ -162,6 +162,9 @@ def test_a_record_shows_the_residuals_of_what_was_iterated_on():
     # Windows move forward only, by one or more.
     begins = [np.argmax(row) for row in shown[: int(found.stats.steps[0])]]
     assert np.all(np.diff(begins) >= 1)
+    # The states at the window's end, of which the first is final when the window leaves it.
+    images = np.asarray(found.record.images[: int(found.calls), 0])
+    assert not np.allclose(images[0], x_T[0]) and np.array_equal(images[-1], found.image[0])
 
 
 def test_a_warm_start_at_the_solution_takes_few_iterations():
@@ -341,6 +344,8 @@ def test_a_checkpoint_of_another_resolution_is_explained(unet):
         (lambda: Chain.create(RATES, np.arange(5), 1.5), "eta=1.5: must lie between 0"),
         (lambda: Chain.create(RATES, np.arange(5), -0.1), "eta=-0.1"),
         (lambda: Chain.create(RATES, np.asarray([1000])), "between 0 and 999"),
+        (lambda: Chain.create(RATES, np.asarray([5, 3])), "must ascend"),
+        (lambda: Chain.create(signal_rates(betas("jsd")), np.arange(1000)), "alpha_bar is 0 at timestep 999"),
         (lambda: UNetConfig(image_size=18, multipliers=(1, 2, 2)), "cannot be halved 2 times"),
         (lambda: UNetConfig(image_size=16, width=48), "multiple of 32"),
         (lambda: problem(data_variance=-1.0), "data_variance=-1.0"),
@@ -348,6 +353,8 @@ def test_a_checkpoint_of_another_resolution_is_explained(unet):
         (lambda: solve_joint(problem(eta=1.0)[0], jnp.ones((1, *SHAPE))), "needs noise"),
         (lambda: solve_joint(*problem()[:2], solver=Broyden(), window=4), "takes neither a window"),
         (lambda: solve_joint(*problem()[:2], window=-1), "window=-1"),
+        (lambda: solve_joint(*problem()[:2], solver=Picard(return_final=True)), r"Picard\(return_final=True\): must be False"),
+        (lambda: solve_joint(*problem()[:2], solver=TriangularAnderson(stop="all")), "must be 'each'"),
         (lambda: inversion(problem()[0], jnp.ones((1, *SHAPE)), gradient="ift"), "must be"),
         (lambda: inversion(problem()[0], 255 * jnp.ones((1, *SHAPE))), r"within \[-1, 1\]"),
         (lambda: inversion(problem()[0], jnp.nan * jnp.ones((1, *SHAPE))), "must be finite"),

@@ -14,11 +14,14 @@ from deqjax.core.stats import SolverStats, Status
 from deqjax.models.ddim.joint import JointSystem
 
 _EPSILON = 1e-9
+# What the options of a solver must be where slots stop by themselves.
+_IN_WINDOW = {"stop": "each", "check_every": 1, "return_final": False, "burn_in": 0, "monitor": True}
 
 
 class Record(NamedTuple):
     """What happened at every iteration: residuals `[N, B, T]` of the slots (NaN outside the window, and once a sample is done),
-    and the images so far, `[N, B, H, W, C]`."""
+    and the furthest states so far, `[N, B, H, W, C]`: those at the window's end, which is the image once the window is there.
+    """
 
     residuals: jax.Array
     images: jax.Array
@@ -32,8 +35,9 @@ class JointSolution(NamedTuple):
       trajectory: `[B, T, H, W, C]`.
       stats: per sample; a step is one call of the network on all slots of the window, and the residual of a step is that of
         the window's worst slot.
-      calls: calls of the network in sequence, those of the slowest sample.
-      evaluations: images that the network has seen.
+      calls: calls of the network in sequence, those of the slowest sample; products with its Jacobian, and what a line search
+        tries, are not counted.
+      evaluations: images that the network has seen in these.
       failed_at: `[B]` the first step of the chain at which the network's output was not finite; -1: none.
       record: if asked for.
     """
@@ -82,13 +86,14 @@ def solve_joint(
       system: the chain and its network.
       x_T: latents.
       noise: standard normal for each step, where the chain has eta > 0.
-      solver: method, tolerance (of every slot: |F(z)_k - z_k|, or its ratio to |F(z)_k|) and budget `max_steps`.
+      solver: method, tolerance and budget `max_steps`. The tolerance is of every slot, |F(z)_k - z_k| or its ratio to
+        |F(z)_k|; with a solver that takes the trajectory as a whole, of that.
       window: slots that are iterated on at a time; 0: all of them. Rounded up to what the devices share evenly.
       z_init: a trajectory to begin with, such as that of a similar latent; None: the latent in every slot.
       record: keep what happened at every iteration.
 
     Raises:
-      ValueError: the chain needs noise and got none, or the solver cannot work in a window.
+      ValueError: the chain needs noise and got none, or the solver cannot work in a window, or not with its options.
     """
     if noise is None and system.chain.sigma.any():
         raise ValueError("a chain with eta > 0 needs noise `[B, T, H, W, C]`, one for each step.")
@@ -97,6 +102,10 @@ def solve_joint(
     start_anew = jnp.repeat(x_T[:, None], len(system.chain), axis=1)
     trajectory = start_anew if z_init is None else z_init
     if isinstance(solver, (Picard, TriangularAnderson)) and not getattr(solver, "reverse", False):
+        for name, needed in _IN_WINDOW.items():
+            if getattr(solver, name) != needed:
+                given = f"{type(solver).__name__}({name}={getattr(solver, name)!r})"
+                raise ValueError(f"{given}: must be {needed!r} here, where the slots of a trajectory stop one by one.")
         return _in_window(system, x_T, noise, solver, window, trajectory, z_init is not None, record)
     if window or record:
         raise ValueError(
@@ -159,7 +168,10 @@ def _in_window(system, x_T, noise, solver, window, trajectory, warm, record) -> 
         history = c.record
         if record:
             per_slot = jnp.full((B, T), jnp.nan, residual.dtype).at[rows, jnp.where(seen, slots, T)].set(residual, mode="drop")
-            history = Record(history.residuals.at[c.step].set(per_slot), history.images.at[c.step].set(written[:, -1]))
+            furthest = jnp.minimum(c.start + W, T) - 1
+            history = Record(
+                history.residuals.at[c.step].set(per_slot), history.images.at[c.step].set(written[rows[:, 0], furthest])
+            )
         return _Carry(
             step=c.step + 1,
             start=c.start + moves,

@@ -79,7 +79,7 @@ def sample_ddpm(
 ) -> Sampled:
     """Ancestral sampling (Ho et al. 2020) with the larger of the two variances, predicted images clipped to [-1, 1].
 
-    Takes the timesteps of the chain, whatever its eta, and fresh noise at every step but one to or from timestep 0.
+    Takes the timesteps of the chain, whatever its eta, and fresh noise at every step but that from timestep 0.
     """
     beta = 1 - chain.a / chain.b
     coefficients = {

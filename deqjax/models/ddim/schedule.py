@@ -110,7 +110,8 @@ class Chain:
           eta: 0 is deterministic, 1 has the fresh noise of DDPM.
 
         Raises:
-          ValueError: eta is not in [0, 1], or a timestep is not of the schedule.
+          ValueError: eta is not in [0, 1], the timesteps do not ascend or are not of the schedule, or nothing is left of the
+            image at the last of them, by which a step would divide.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: must lie between 0 (deterministic) and 1 (as much fresh noise as DDPM).")
@@ -119,7 +120,14 @@ class Chain:
             raise ValueError(
                 f"timesteps {list(t)} for a schedule of {len(rates)}: each must lie between 0 and {len(rates) - 1}."
             )
+        if np.any(np.diff(t) > 0):
+            raise ValueError(f"timesteps {list(t[::-1])}: must ascend.")
         a = np.asarray(rates, np.float64)[t]
+        if not a[0] > 0:
+            raise ValueError(
+                f"alpha_bar is {a[0]:g} at timestep {t[0]}, where a chain cannot begin: take a schedule that leaves something "
+                "of the image, or fewer timesteps."
+            )
         b = np.append(a[1:], 1.0)
         sigma = eta * np.sqrt((1 - a / b) * (1 - b) / (1 - a))
         return cls(t, a, b, sigma)
