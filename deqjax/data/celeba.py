@@ -5,8 +5,9 @@ import pathlib
 
 import numpy as np
 
+from deqjax.data.augment import resize
 from deqjax.data.errors import DataError
-from deqjax.data.unlabelled_images import Files, scaled
+from deqjax.data.unlabelled_images import Files
 
 _PARTITION = "list_eval_partition.txt"
 _FOLDER = "img_align_celeba"
@@ -49,4 +50,4 @@ def celeba(directory: str | os.PathLike, size: int = 64) -> dict[str, Files]:
 def _face(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] != (218, 178):
         raise DataError(f"a picture of {image.shape[1]}x{image.shape[0]} pixels: CelebA's aligned ones have 178x218.")
-    return scaled(image[57:185, 25:153], size, size)
+    return resize(image[57:185, 25:153], size, size)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from deqjax.data.augment import resize_and_center
 from deqjax.data.errors import DataError
 from deqjax.data.images import decode_image
-from deqjax.data.unlabelled_images import Part, centre, eight_bits
+from deqjax.data.unlabelled_images import Part, eight_bits
 
 
 class Database:
@@ -84,7 +85,7 @@ def lsun(directory: str | os.PathLike, category: str, size: int = 256, split: st
             f"there is no {database}/data.mdb. Download LSUN's {category}_{split}_lmdb.zip with the script of its authors "
             "(github.com/fyu/lsun) and unpack it there. configs/ddim_digits.py needs no download."
         )
-    return Database(database, lambda image: centre(image, size))
+    return Database(database, lambda image: resize_and_center(image, size, size))
 
 
 def ffhq(directory: str | os.PathLike, size: int = 256, seed: int = 2019) -> tuple[Part, Part]:

@@ -12,9 +12,10 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from deqjax.data.augment import resize_and_center
 from deqjax.data.digits import digits
 from deqjax.data.errors import DataError
-from deqjax.data.images import image_files, pillow, read_image
+from deqjax.data.images import image_files, read_image
 from deqjax.data.prefetch import Prefetch, rows_of_batch
 
 
@@ -95,7 +96,7 @@ def folder(directory: str | os.PathLike, size: int, channels: int = 3) -> Files:
     Raises:
       DataError: there is no such folder, or no picture in it.
     """
-    return Files(image_files(directory), lambda image: centre(image, size), channels)
+    return Files(image_files(directory), lambda image: resize_and_center(image, size, size), channels)
 
 
 def split(images: Images, share: float = 0.1, seed: int = 2019) -> tuple[Images, Images]:
@@ -134,29 +135,6 @@ def padded_digits(size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     return images[~held_out], images[held_out]
 
 
-# Fitting -------------------------------------------------------------------------------------------------------------
-
-
 def eight_bits(image: np.ndarray) -> np.ndarray:
     """Unsigned integers of 16 bits reduced to 8."""
     return image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
-
-
-def scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An image at another size, bilinear with antialiasing as Pillow does it."""
-    if image.shape[:2] == (height, width):
-        return image
-    module = pillow()
-    file = module.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    result = np.asarray(file.resize((width, height), module.Resampling.BILINEAR))
-    return result.reshape(height, width, image.shape[-1])
-
-
-def centre(image: np.ndarray, size: int) -> np.ndarray:
-    """The shorter side scaled to `size`, and of the longer one the middle."""
-    H, W = image.shape[:2]
-    factor = size / min(H, W)
-    H, W = max(round(H * factor), size), max(round(W * factor), size)
-    image = scaled(image, H, W)
-    top, left = (H - size) // 2, (W - size) // 2
-    return image[top : top + size, left : left + size]

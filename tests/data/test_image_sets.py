@@ -316,6 +316,13 @@ def test_the_centre_of_a_resized_image():
     out = augment.resize_and_center(image, 20, 16)
     np.testing.assert_array_equal(out, image[12:28, 2:18])
     assert augment.resize_and_center(image, 10, 12).shape == (12, 12, 3)
+    for height, width in ((5, 7), (7, 5), (300, 257), (1, 9)):
+        assert augment.resize_and_center(np.zeros((height, width, 1), np.uint8), 4, 4).shape == (4, 4, 1)
+    # 4 * 11 / 6 = 7.33 and 4 * 10 / 6 = 6.67 pixels are 7 and 6; 1.5 and 1 are left out on the left, as torchvision has it.
+    for width, resized_width, left in ((11, 7, 2), (10, 6, 1)):
+        image = random_images(1, width)[0][:6]
+        whole = augment.resize(image, 4, resized_width)
+        np.testing.assert_array_equal(augment.resize_and_center(image, 4, 4), whole[:, left : left + 4])
 
 
 def test_scaled_windows_keep_image_and_labels_together():

@@ -8,7 +8,7 @@ import pytest
 from deqjax.data.celeba import celeba
 from deqjax.data.errors import DataError
 from deqjax.data.image_lmdb import ffhq, lsun
-from deqjax.data.unlabelled_images import ImageBatches, centre, folder, padded_digits, split, take
+from deqjax.data.unlabelled_images import ImageBatches, folder, padded_digits, split, take
 
 lmdb = pytest.importorskip("lmdb")
 Image = pytest.importorskip("PIL.Image")
@@ -74,13 +74,6 @@ def test_any_folder_is_scaled_and_cut_to_the_centre(tmp_path):
         take(folder(tmp_path, 4), range(3))
     train, test = split(folder(tmp_path, 4), 0.34)
     assert (len(train), len(test)) == (2, 1)
-
-
-def test_the_centre_of_any_shape_has_the_size_asked_for():
-    for height, width in ((5, 7), (7, 5), (300, 257), (1, 9)):
-        assert centre(picture(height, width), 4).shape == (4, 4, 3)
-    whole = picture(4, 4)
-    np.testing.assert_array_equal(centre(whole, 4), whole)
 
 
 def test_celeba_is_split_as_published_and_cut_to_the_face(tmp_path):
