@@ -5,6 +5,7 @@
 A user's mistake ends in one paragraph on stderr and exit status 2, never in a traceback.
 """
 
+import ast
 import functools
 import importlib.util
 import os
@@ -154,19 +155,32 @@ def load_config(path: str):
 
 
 def _check_overrides(argv, config) -> None:
-    """Names the nearest key of an override that the config does not have."""
+    """Names the nearest key of an override that the config does not have.
+
+    A section called `options` takes any: which there are depends on the method that they are for, which checks them.
+    """
     for arg in argv[1:]:
-        name = arg.partition("=")[0].lstrip("-")
+        name, equals, value = arg.lstrip("-").partition("=")
         if not arg.startswith("-") or not name.startswith("config."):
             continue
         section, done = config, "config"
         for key in name.split(".")[1:]:
             keys = list(section.keys()) if hasattr(section, "keys") else []
-            if key not in keys:
+            if key not in keys and equals and hasattr(section, "keys") and done.endswith("options"):
+                section[key] = _literal(value)
+            elif key not in keys:
                 hint = did_you_mean(key, keys) or "."
                 there = f"It has: {', '.join(keys)}." if keys else "It is a value, not a section."
                 raise UserError(f"--{name}: {done} has no {key!r}{hint} {there}")
             section, done = section[key], f"{done}.{key}"
+
+
+def _literal(text: str):
+    """The Python value that a text is, or else the text."""
+    try:
+        return {"true": True, "false": False}[text] if text in ("true", "false") else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _take_config(argv) -> tuple[str | None, list[str]]:

@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from deqjax.cli import run
+from deqjax.cli import parse, run
 from deqjax.training.errors import UserError
 from deqjax.training.mesh import make_mesh
 from tests.training.tiny import TinyTask
@@ -53,6 +53,12 @@ def test_train_then_eval_then_a_mode_of_the_task(tmp_path, capsys):
     assert "valid: loss" in capsys.readouterr().out
     assert run(TinyTask, [*common, "--mode", "weights"]) == 0
     assert "weights (4, 2)" in capsys.readouterr().out
+
+
+def test_a_section_of_options_takes_any():
+    flags = ["memory=6", "reverse=true", "weights=slot"]
+    argv = ["x", "--config=configs/ddim_digits.py", *(f"--config.sampler.options.{flag}" for flag in flags)]
+    assert parse(argv).config.sampler.options.to_dict() == {"memory": 6, "reverse": True, "weights": "slot"}
 
 
 def test_the_status_reaches_the_shell():
