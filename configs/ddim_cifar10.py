@@ -11,7 +11,6 @@ stochastic chain, inverted in 10 timesteps.
 """
 
 import ml_collections
-from ml_collections import config_dict
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -57,9 +56,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.sampler.solver = "triangular_anderson"
     config.sampler.options = ml_collections.ConfigDict()  # of the solver, e.g. memory
     config.sampler.tol = 1e-3
-    config.sampler.max_steps = 0  # 0: as many as there are timesteps, which is always enough
+    config.sampler.max_steps = 0  # 0: as many as there are timesteps, enough for time-ordered solvers
     config.sampler.window = 0  # timesteps at a time; 0: all
-    config.sampler.data_variance = config_dict.placeholder(float)  # of the linear guess; None: the paper's system
+    config.sampler.data_variance = 0.0  # of the linear guess; 0: without one, the paper's system
     config.sampler.chunk = 0  # images per device at a time; 0: all
 
     config.sampler.seed = 1234  # of latents and noise: image n is the same in any batch

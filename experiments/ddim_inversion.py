@@ -10,7 +10,7 @@ import optax
 
 from deqjax.data.errors import DataError
 from deqjax.data.unlabelled_images import take
-from deqjax.models.ddim import UNet, chain_denoiser, encode, inversion
+from deqjax.models.ddim import UNet, chain_denoiser, encode, inversion, sample_ddim
 from deqjax.training.console import say
 from experiments.ddim_pictures import write_grid
 from experiments.ddim_sampling import Sampler, refuse_non_finite, solver_of, system_of, table
@@ -33,6 +33,8 @@ def invert(config, rates, model: UNet, images) -> str:
     x_T, noise = sampler.latents(range(c.first, c.first + c.images))
     if c.start == "encode":
         x_T = sampler.compiled(lambda model, x: encode(chain_denoiser(model, chain), chain, x))(target)[:, -1]
+    # What a latent gives does not depend on how it was found.
+    sampled = sampler.compiled(lambda model, x, z: sample_ddim(chain_denoiser(model, chain), chain, x, z).trajectory)
     rows, pictures, files = [], [target], []
     for gradient in c.gradients:
 
@@ -46,11 +48,13 @@ def invert(config, rates, model: UNet, images) -> str:
         history, state = _optimise(update, state, c)
         refuse_non_finite(state.failed_at, chain)
         rows.append({"gradient": gradient, **_summary(history, target, c.at_seconds)})
-        say(f"{gradient}: {rows[-1]['steps']} steps, error {rows[-1]['best']:.4g}")
-        image = sampler(state.best_x_T, noise).images
+        trajectory = np.asarray(sampled(state.best_x_T, noise))
+        image = trajectory[:, -1]
+        error = float(np.mean(np.sum(np.square(image - target), axis=(1, 2, 3))))
+        say(f"{gradient}: {rows[-1]['steps']} steps, error {rows[-1]['best']:.4g}; sampled in sequence {error:.4g}")
         pictures.append(image)
         files.append(out / f"inverted_{gradient}.npz")
-        arrays = {"x_T": state.best_x_T, "image": image, "target": target, "trajectory": state.trajectory}
+        arrays = {"x_T": state.best_x_T, "image": image, "target": target, "trajectory": trajectory}
         np.savez(files[-1], loss=state.best_loss, **arrays, **({} if noise is None else {"noise": noise}))
     # A column per image: the target, then what each gradient has found.
     stacked = np.concatenate([np.asarray(p) for p in pictures])
@@ -69,7 +73,8 @@ def _targets(config, sampler: Sampler, images):
     if c.in_distribution:
         outcome = sampler(*sampler.latents([n + 2**31 for n in numbers]))
         refuse_non_finite(outcome.failed_at, sampler.chain)
-        return jnp.asarray(outcome.images)
+        # Like any image. Samples of a model that is not fully trained go beyond.
+        return jnp.asarray(np.clip(outcome.images, -1, 1))
     if c.first < 0 or numbers.stop > len(images):
         raise DataError(f"invert.first and invert.images ask for images {c.first} to {numbers.stop - 1} of {len(images)}.")
     return jnp.asarray(take(images, numbers).astype(np.float32) / 127.5 - 1)

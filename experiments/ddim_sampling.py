@@ -1,6 +1,7 @@
 """Sampling as a config says: chain, solver and network, compiled once."""
 
 import functools
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from deqjax.core.solvers import get_solver
-from deqjax.data.images import write_image
+from deqjax.core.stats import Status
+from deqjax.data.images import read_image, write_image
 from deqjax.models.ddim import (
     Chain,
     JointSystem,
@@ -37,13 +39,15 @@ TIME_ORDERED = ("picard", "fixed_point_iter", "triangular_anderson")
 
 
 class Outcome(NamedTuple):
-    """Images `[B, H, W, C]`; calls of the network in sequence; images that it has seen; where it failed; seconds, by the clock
-    and of all CPU cores, which tells more on a machine shared with others (and nothing about an accelerator)."""
+    """Images `[B, H, W, C]`; calls of the network in sequence; images that it has seen; where it failed, and which samples were
+    solved to the tolerance, `[B]`; seconds, by the clock and of all CPU cores, which tells more on a machine shared with others
+    (and nothing about an accelerator)."""
 
     images: np.ndarray
     calls: int
     evaluations: int
     failed_at: np.ndarray
+    converged: np.ndarray
     seconds: float
     cpu_seconds: float
 
@@ -86,18 +90,18 @@ class Sampler:
     def __call__(self, x_T, noise=None) -> Outcome:
         """Samples. The first call compiles; seconds are those of the call."""
         began, cpu = time.perf_counter(), time.process_time()
-        images, calls, evaluations, failed_at = jax.block_until_ready(self._run(x_T, noise))
+        images, calls, evaluations, *per_sample = jax.block_until_ready(self._run(x_T, noise))
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-        return Outcome(np.asarray(images), int(calls), int(evaluations), np.asarray(failed_at), seconds, cpu_seconds)
+        return Outcome(np.asarray(images), int(calls), int(evaluations), *map(np.asarray, per_sample), seconds, cpu_seconds)
 
     def _sample(self, model, x_T, noise):
         if self.method == "parallel":
             found = solve_joint(self.system(model), x_T, noise, solver=self.solver, window=self.config.sampler.window)
-            return found.image, found.calls, found.evaluations, found.failed_at
+            return found.image, found.calls, found.evaluations, found.failed_at, found.stats.status == Status.CONVERGED
         run = sample_ddpm if self.method == "ddpm" else sample_ddim
         sampled = run(chain_denoiser(model, self.chain), self.chain, x_T, noise)
         calls = jnp.asarray(len(self.chain))
-        return sampled.image, calls, calls * x_T.shape[0], sampled.failed_at
+        return sampled.image, calls, calls * x_T.shape[0], sampled.failed_at, sampled.failed_at < 0
 
 
 def compiled(model: UNet, mesh, function):
@@ -126,9 +130,8 @@ def system_of(config, chain: Chain, model: UNet, mesh, remat: bool = False) -> J
     """The joint system of a chain, its time axis over all devices of the mesh that share a batch."""
     c = config.sampler
     spread = batch_sharding(mesh) if batch_devices(mesh) > 1 else None
-    return JointSystem(
-        chain_denoiser(model, chain), chain, data_variance=c.data_variance, chunk=c.chunk, remat=remat, spread=spread
-    )
+    settings = {"data_variance": c.data_variance or None, "chunk": c.chunk, "remat": remat, "spread": spread}
+    return JointSystem(chain_denoiser(model, chain), chain, **settings)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -146,37 +149,53 @@ def refuse_non_finite(failed_at, chain: Chain) -> None:
         raise UserError(f"{error}") from error
 
 
+def say_unsolved(count: int, n: int, config) -> None:
+    """Says how many images are not those of the chain, because their solves came to the end of their budget."""
+    if count:
+        say(
+            f"{count} of {n} images are not solved to sampler.tol={config.sampler.tol:g}: raise sampler.max_steps, or take "
+            "triangular_anderson or picard, which need no more iterations than there are timesteps."
+        )
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
 def sample(config, rates, model: UNet) -> str:
-    """Samples `config.sample.n` images to files, those that are there already left alone, and makes the pictures."""
+    """Samples `config.sample.n` images to files, those that are there already left alone, and makes the pictures.
+
+    Image n is `samples/n.png`; what it was made of, and the image unrounded, is in `latents/n.npz` if asked for.
+    """
     c, out = config.sample, Path(config.out)
-    folder = out / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, kept_latents = out / "samples", out / "latents"
+    for needed in (folder, kept_latents) if c.save_latents else (folder,):
+        needed.mkdir(parents=True, exist_ok=True)
     sampler = Sampler(config, rates, model)
     missing = [i for i in range(c.n) if not (folder / f"{i}.png").is_file()]
-    calls, seconds, images = [], 0.0, []
+    calls, seconds, unsolved = [], 0.0, 0
     for start in range(0, len(missing), c.batch_size):
         numbers = missing[start : start + c.batch_size]
         # The last batch is filled up, so that nothing is compiled for it.
-        outcome = sampler(*sampler.latents([*numbers, *numbers[:1] * (c.batch_size - len(numbers))]))
+        x_T, noise = sampler.latents([*numbers, *numbers[:1] * (c.batch_size - len(numbers))])
+        outcome = sampler(x_T, noise)
         refuse_non_finite(outcome.failed_at, sampler.chain)
-        for number, image in zip(numbers, outcome.images, strict=False):
-            write_image(folder / f"{number}.png", (image + 1) / 2)
-        images += list(outcome.images[: len(numbers)])
+        for i, number in enumerate(numbers):
+            if c.save_latents:
+                made_of = {"x_T": x_T[i]} | ({} if noise is None else {"noise": noise[i]})
+                np.savez(kept_latents / f"{number}.npz", image=outcome.images[i], **made_of)
+            # Under its own name an image is whole, whenever the run is stopped.
+            partial = folder / f".{number}.png"
+            write_image(partial, (outcome.images[i] + 1) / 2)
+            os.replace(partial, folder / f"{number}.png")
+        unsolved += int(np.sum(~outcome.converged[: len(numbers)]))
         calls.append(outcome.calls)
         seconds += outcome.seconds
     kept = f"{c.n - len(missing)} images were there already. " if len(missing) < c.n else ""
     if not missing:
         return f"{kept}Nothing to do: give another config.out, or a larger config.sample.n."
-    written = [write_grid(out / "grid.png", images[: c.shown])]
-    if c.save_latents:
-        x_T, noise = sampler.latents(missing)
-        arrays = {"number": missing, "x_T": x_T, "image": np.stack(images)} | ({} if noise is None else {"noise": noise})
-        np.savez(out / "latents.npz", **arrays)
-        written.append(out / "latents.npz")
-    written += pictures(config, sampler)
+    say_unsolved(unsolved, len(missing), config)
+    shown = [read_image(folder / f"{i}.png", sampler.shape[-1]) / 127.5 - 1 for i in range(min(c.n, c.shown))]
+    written = [write_grid(out / "grid.png", shown), *pictures(config, sampler)]
     return (
         f"{kept}{len(missing)} images in {folder}, {len(sampler.chain)} timesteps, {np.mean(calls):.1f} calls of the network "
         f"in sequence for each batch of {c.batch_size}, {seconds:.1f} s in all. Pictures: {', '.join(map(str, written))}."
@@ -188,13 +207,16 @@ def pictures(config, sampler: Sampler) -> list[Path]:
     out, n, chain = Path(config.out), min(config.sample.n, 4), sampler.chain
     x_T, noise = sampler.latents(range(n))
     written = []
-    if config.sampler.solver in TIME_ORDERED:
-        solve = lambda model, x, z: solve_joint(sampler.system(model), x, z, solver=sampler.solver, record=True)  # noqa: E731
+    ancestral = sampler.method == "ddpm"
+    if config.sampler.solver in TIME_ORDERED and not ancestral:
+        settings = {"solver": sampler.solver, "window": config.sampler.window, "record": True}
+        solve = lambda model, x, z: solve_joint(sampler.system(model), x, z, **settings)  # noqa: E731
         solution = sampler.compiled(solve)(x_T, noise)
         written.append(write_filmstrip(out / "filmstrip.png", solution.record.images, int(solution.calls)))
         residuals = solution.record.residuals[: int(solution.calls), 0]
         written.append(write_heat_map(out / "residuals.png", residuals, chain.t, config.sampler.tol))
-    run = lambda model, x, z: sample_ddim(chain_denoiser(model, chain), chain, x, z)  # noqa: E731
+    by = sample_ddpm if ancestral else sample_ddim
+    run = lambda model, x, z: by(chain_denoiser(model, chain), chain, x, z)  # noqa: E731
     predictions = sampler.compiled(lambda *at: run(*at).predictions)(x_T, noise)
     chosen = np.unique(np.linspace(0, len(chain) - 1, 10).astype(int))
     strip = np.asarray(predictions)[:, chosen]
@@ -224,6 +246,7 @@ def compare(config, rates, model: UNet) -> str:
             medians = {name: float(np.median([getattr(r, name) for r in runs])) for name in ("seconds", "cpu_seconds")}
             outcomes[method] = outcomes[method]._replace(**medians)
         sequential, parallel = outcomes["sequential"], outcomes["parallel"]
+        say_unsolved(int(np.sum(~parallel.converged)), c.images, config)
         rows.append(
             {
                 "T": len(samplers["parallel"].chain),
@@ -243,7 +266,7 @@ def compare(config, rates, model: UNet) -> str:
     kind = jax.devices()[0].device_kind
     head = (
         f"{c.images} image(s) at once, {devices} device(s) of kind {kind}, {s.solver}, tolerance {s.tol:g}, "
-        f"window {s.window or 'all'}, eta {s.eta:g}, {s.selection}, data_variance {s.data_variance}, {config.dtype}"
+        f"window {s.window or 'all'}, eta {s.eta:g}, {s.selection}, data_variance {s.data_variance:g}, {config.dtype}"
     )
     return f"{head}\n\n{table(rows)}"
 

@@ -35,7 +35,17 @@ from deqjax.training.mesh import make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
 from experiments.ddim_data import DATA, read
 from experiments.ddim_inversion import GRADIENTS, invert
-from experiments.ddim_sampling import METHODS, TIME_ORDERED, Sampler, chain_of, compare, refuse_non_finite, sample, solver_of
+from experiments.ddim_sampling import (
+    METHODS,
+    TIME_ORDERED,
+    Sampler,
+    chain_of,
+    compare,
+    refuse_non_finite,
+    sample,
+    say_unsolved,
+    solver_of,
+)
 from experiments.fid import Moments, frechet_distance, load_features
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -138,6 +148,8 @@ class DiffusionTask:
     def report(self, model: UNet) -> None:
         """Prints the loss, the error of encoding and decoding, and of samples their cost and, if asked for, their FID."""
         config, c = self.config, self.config.eval
+        # A file that cannot be used shows before the work.
+        features = load_features(c.features) if c.features else None
         say(f"held-out loss per pixel: {self.evaluate(model, 'test')['loss']:.5f}")
         sampler = Sampler(config, self.rates, model)
         chain = sampler.chain
@@ -155,8 +167,7 @@ class DiffusionTask:
             f"encoded and decoded in {len(chain)} timesteps each: squared error {error.mean():.4g} per image in [-1, 1], "
             f"RMS {np.sqrt(error.mean() / images[0].size):.4g} per pixel, over {len(images)} held-out images"
         )
-        features = load_features(c.features) if c.features else None
-        seen, calls, evaluations, seconds = Moments(), [], 0, 0.0
+        seen, calls, evaluations, seconds, unsolved = Moments(), [], 0, 0.0, 0
         n = -(-c.n // c.batch_size)
         sampler(*sampler.latents(range(c.batch_size)))  # compiles
         for start in range(0, n * c.batch_size, c.batch_size):
@@ -164,6 +175,7 @@ class DiffusionTask:
             refuse_non_finite(outcome.failed_at, chain)
             calls.append(outcome.calls)
             evaluations, seconds = evaluations + outcome.evaluations, seconds + outcome.seconds
+            unsolved += int(np.sum(~outcome.converged))
             if features:
                 wanted = min(c.n - start, c.batch_size)
                 seen.add(features(np.rint(255 * np.clip((outcome.images[:wanted] + 1) / 2, 0, 1)).astype(np.uint8)))
@@ -171,6 +183,7 @@ class DiffusionTask:
             f"{n} batches of {c.batch_size} samples, {sampler.method}, {len(chain)} timesteps: {np.mean(calls):.1f} calls of "
             f"the network in sequence, {evaluations / (n * c.batch_size):.1f} evaluations per image, {seconds / n:.3g} s each"
         )
+        say_unsolved(unsolved, n * c.batch_size, config)
         if features:
             train, B = self.splits["train"], c.batch_size
             indices = range(min(len(train), c.reference))
@@ -203,26 +216,34 @@ def _check_settings(config) -> None:
     for name, (value, known) in choices.items():
         if value not in known:
             raise ValueError(f"{name}={value!r}{did_you_mean(str(value), known)}. There are: {', '.join(known)}.")
+    if config.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("dtype='float64': JAX computes in float32 unless the environment has JAX_ENABLE_X64=1.")
     least = {
         "data": ("batch_size", "eval_batch_size", "eval_images"),
-        "sample": ("n", "batch_size"),
-        "eval": ("n", "batch_size"),
+        "sample": ("n", "batch_size", "shown"),
+        "eval": ("n", "batch_size", "reference"),
     }
     least |= {"invert": ("images", "steps"), "compare": ("images", "repeats")}
     for section, names in least.items():
         for name in names:
             if config[section][name] < 1:
                 raise ValueError(f"{section}.{name}={config[section][name]}: must be 1 or more.")
-    for name in ("window", "chunk", "max_steps"):
-        if config.sampler[name] < 0:
+    for name in ("invert.gradients", "compare.timesteps"):
+        if not config[name.partition(".")[0]][name.partition(".")[2]]:
+            raise ValueError(f"{name} is empty: name one or more.")
+    for name in ("window", "chunk", "max_steps", "data_variance"):
+        if not config.sampler[name] >= 0:
             raise ValueError(f"sampler.{name}={config.sampler[name]}: must be 0 or more.")
+    if not 0 < config.data.held_out < 1:
+        raise ValueError(f"data.held_out={config.data.held_out}: must lie between 0 and 1, a share of the images.")
     if config.sampler.window and config.sampler.solver not in TIME_ORDERED:
         raise ValueError(
             f"sampler.window={config.sampler.window}, but {config.sampler.solver!r} takes the whole trajectory; in a window "
             f"work {', '.join(TIME_ORDERED)}."
         )
-    if not config.sampler.tol > 0:
-        raise ValueError(f"sampler.tol={config.sampler.tol}: must be positive.")
+    for section, name in (("sampler", "tol"), ("invert", "learning_rate")):
+        if not config[section][name] > 0:
+            raise ValueError(f"{section}.{name}={config[section][name]}: must be positive.")
 
 
 def main(argv=None):

@@ -124,7 +124,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
       DataError: there are fewer than two images.
     """
     if min(a.n, b.n) < 2:
-        raise DataError("a covariance needs two or more images.")
+        raise DataError(f"a covariance needs two or more images (eval.n, eval.reference), not {min(a.n, b.n)}.")
     # The eigenvalues of S_a S_b are those of a symmetric matrix.
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

@@ -184,7 +184,7 @@ display(Markdown(compare(config, task.rates, model)))
 # %% [markdown]
 # ## Where to go from here
 #
-# * Try `config.sampler.solver = "picard"`, or `config.sampler.data_variance = None` (the paper's system) before the sampler
+# * Try `config.sampler.solver = "picard"`, or `config.sampler.data_variance = 0` (the paper's system) before the sampler
 #   is made: how many iterations then?
 # * `python -m experiments.deq_ddim --config configs/ddim_digits.py` trains the whole recipe; `--mode sample`, `--mode
 #   compare` and `--mode invert` (latents of given images, by a gradient through the equilibrium) go on from there. Results,

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.ddim import JointSystem, sample_ddim, solve_joint
 from deqjax.training.mesh import batch_sharding, place_batch
 from deqjax.training.step import prepare, step_function
-from experiments import deq_ddim
+from experiments import ddim_inversion, deq_ddim
 from experiments.ddim_data import read
 from experiments.ddim_pictures import tiled
 from experiments.ddim_sampling import Sampler
@@ -69,11 +70,13 @@ def test_every_mode_does_what_it_says(trained, capsys):
     for name in ("samples/0.png", "samples/2.png", "grid.png", "filmstrip.png", "residuals.png", "predictions.png"):
         assert (out / name).stat().st_size > 50, name
     assert (out / "interpolation.png").is_file()
-    with np.load(out / "latents.npz") as file:
-        assert file["x_T"].shape == file["image"].shape == (3, 8, 8, 1)
+    with np.load(out / "latents" / "2.npz") as file:
+        assert file["x_T"].shape == file["image"].shape == (8, 8, 1)
+    grid = (out / "grid.png").read_bytes()
     (out / "samples" / "1.png").unlink()
     assert deq_ddim.main(command(trained, "--mode=sample")) == 0
     assert "2 images were there already. 1 images" in capsys.readouterr().out
+    assert (out / "grid.png").read_bytes() == grid and len(list((out / "samples").iterdir())) == 3
 
     gradients = ("one_step", "implicit", "sequential")
     assert deq_ddim.main(command(trained, "--mode=invert", **{"invert.gradients": gradients})) == 0
@@ -81,6 +84,8 @@ def test_every_mode_does_what_it_says(trained, capsys):
     assert all(f"| {name} |" in text for name in gradients) and (out / "inversion.png").is_file()
     with np.load(out / "inverted_implicit.npz") as file:
         assert file["x_T"].shape == (2, 8, 8, 1) and file["trajectory"].shape == (2, 4, 8, 8, 1)
+        np.testing.assert_array_equal(file["trajectory"][:, -1], file["image"])
+        np.testing.assert_allclose(np.square(file["image"] - file["target"]).sum(axis=(1, 2, 3)), file["loss"], rtol=1e-3)
 
     assert deq_ddim.main(command(trained, "--mode=eval")) == 0
     text = capsys.readouterr().out
@@ -118,12 +123,15 @@ def test_every_mode_does_what_it_says(trained, capsys):
         ({"data.name": "celeba", "data.dir": "/nowhere"}, "img_align_celeba"),
         ({"data.name": "folder", "data.dir": "/nowhere"}, "no such folder"),
         ({"invert.gradients": ("exact",)}, r"invert.gradients\[0\]='exact'"),
+        ({"invert.gradients": ()}, "invert.gradients is empty"),
+        ({"compare.timesteps": ()}, "compare.timesteps is empty"),
+        ({"sample.shown": 0}, "sample.shown=0"),
+        ({"sampler.data_variance": -1.0}, "sampler.data_variance=-1.0"),
+        ({"sampler.options.memmory": 3}, "did you mean 'memory'"),
         ({"diffusion.schedule": "cosine"}, "no noise schedule is called 'cosine'"),
     ],
 )
 def test_mistakes_are_explained(tmp_path, capsys, settings, message):
-    import re
-
     assert deq_ddim.main(command(tmp_path, **settings)) == 2
     text = " ".join(capsys.readouterr().err.split())
     assert re.search(message, text), text
@@ -152,6 +160,23 @@ def test_one_timestep_is_a_chain_too():
     system, x_T, _ = problem(T=1)
     assert len(Sampler(task.config, task.rates, jitted_model(task)).chain) == 1
     np.testing.assert_allclose(solve_joint(system, x_T).image, sample_ddim(system.denoise, system.chain, x_T).image, rtol=1e-12)
+
+
+def test_a_budget_that_is_too_small_shows():
+    task = tiny_task(**{"sampler.timesteps": 4, "sampler.solver": "picard"})
+    for budget in (0, 2):
+        task.config.sampler.max_steps = budget
+        sampler = Sampler(task.config, task.rates, jitted_model(task))
+        outcome = sampler(*sampler.latents(range(2)))
+        assert outcome.calls == (budget or 4) and outcome.converged.tolist() == [not budget] * 2
+
+
+def test_targets_of_the_models_own_are_images():
+    task = tiny_task(**{"invert.in_distribution": True})
+    sampler = Sampler(task.config, task.rates, jitted_model(task), "sequential")
+    far = 3 * np.ones((2, 8, 8, 1), np.float32)
+    sampler._run = lambda x_T, noise: (far, 4, 8, np.full(2, -1), np.full(2, True))
+    assert np.max(ddim_inversion._targets(task.config, sampler, None)) == 1
 
 
 def jitted_model(task):
@@ -209,8 +234,9 @@ def test_timesteps_spread_over_eight_devices_give_the_sequential_image(T, B, win
     np.testing.assert_allclose(found.trajectory, expected, atol=1e-2)
     alone = jax.jit(lambda x, z: solve_joint(system, x, z, window=-(-window // 8) * 8))(x_T, noise)
     np.testing.assert_allclose(found.trajectory, alone.trajectory, rtol=1e-9, atol=1e-11)
-    # The network's work is split: no device gets the inputs of another's timesteps.
+    # The network's work is split: of the eight images of a chunk, every device multiplies one.
     assert any("while" in c.scope for c in collectives(compiled))
+    assert set(re.findall(r"= f64\[(\d+),12\]\S* dot\(", compiled.as_text())) == {"1"}
 
 
 def test_training_and_sampling_lower_for_every_platform():
