@@ -2,6 +2,7 @@
 
 from deqjax.data.celeba import celeba
 from deqjax.data.cifar import cifar10
+from deqjax.data.errors import DataError
 from deqjax.data.image_lmdb import ffhq, lsun
 from deqjax.data.unlabelled_images import Images, folder, padded_digits, split
 
@@ -30,4 +31,8 @@ def read(config) -> dict[str, Images]:
         train, test = ffhq(data.dir, size)
     else:
         train, test = split(folder(data.dir, size, channels), data.held_out)
+    shape = train[0].shape if len(train) else (size, size, channels)
+    if shape != (size, size, channels):
+        found, wanted = ("x".join(map(str, shape)) for shape in (shape, (size, size, channels)))
+        raise DataError(f"images of {found} ({data.name}) for a model of {wanted}: set model.image_size, model.image_channels.")
     return {"train": train, "test": test}

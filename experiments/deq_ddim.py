@@ -8,6 +8,7 @@ a feature network, FID), compare (the sequential against the parallel sampler), 
 `config.export_path`). `config.init_from` takes another run or a published checkpoint.
 """
 
+import functools
 import sys
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from deqjax.core.naming import did_you_mean
-from deqjax.data.unlabelled_images import ImageBatches, take
+from deqjax.data.unlabelled_images import ImageBatches, Images, take
 from deqjax.interop.ddim import export_ddim, load_ddim, published_name
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.models.ddim import (
@@ -25,6 +26,7 @@ from deqjax.models.ddim import (
     UNetConfig,
     betas,
     chain_denoiser,
+    check_slot_by_slot,
     encode,
     sample_ddim,
     signal_rates,
@@ -59,10 +61,11 @@ class DiffusionTask:
     free_to_change = ("data.dir", "sampler", "sample", "invert", "eval", "compare", "out", "export_path")
 
     def __init__(self, config, splits=None):
-        """Reads the images that the config names, unless they are given.
+        """Args:
+        config: of the run.
+        splits: the images to train on and those held out; by default what the config names, read when it is first asked for.
 
         Raises:
-          DataError: the images are missing or damaged.
           ValueError: a setting is wrong.
         """
         self.config = config
@@ -72,11 +75,20 @@ class DiffusionTask:
         self.rates = signal_rates(betas(d.schedule, d.timesteps, d.start, d.end))
         # What is wrong with the sampler shows now, not after training.
         for timesteps in (config.sampler.timesteps, config.invert.timesteps or 1, *config.compare.timesteps):
-            solver_of(config, len(chain_of(config, self.rates, timesteps)))
-        self.splits = read(config) if splits is None else splits
+            check_slot_by_slot(solver_of(config, len(chain_of(config, self.rates, timesteps))))
+        if splits is not None:
+            self.splits = splits
         self.items_per_step = ("images", config.data.batch_size)
-        self.fingerprint = [config.data.name, len(self.splits["train"])]
         self._evaluate_batch = jax.jit(self._held_out_loss, static_argnums=0)
+
+    @functools.cached_property
+    def splits(self) -> dict[str, Images]:
+        """The images of the config; published weights sample without any. Raises DataError: see `read`."""
+        return read(self.config)
+
+    @property
+    def fingerprint(self) -> list:
+        return [self.config.data.name, len(self.splits["train"])]
 
     def model(self, rngs: nnx.Rngs) -> UNet:
         return UNet(self.architecture, rngs)
@@ -197,7 +209,7 @@ class DiffusionTask:
         return sample(self.config, self.rates, model)
 
     def invert(self, model: UNet) -> str:
-        return invert(self.config, self.rates, model, self.splits["train"])
+        return invert(self.config, self.rates, model, None if self.config.invert.in_distribution else self.splits["train"])
 
     def compare(self, model: UNet) -> str:
         return compare(self.config, self.rates, model)

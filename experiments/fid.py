@@ -22,7 +22,7 @@ def load_features(path: str) -> Features:
         TorchScript file (`.pt`), which gets `[N, 3, H, W]` of 8 bits, as NVIDIA's `inception-2015-12-05.pt` expects them.
 
     Raises:
-      DataError: there is no such file, or it cannot be used.
+      DataError: there is no such file, or it cannot be used; so do the features, if the network fails on the images.
     """
     if path == "pixels":
         return lambda images: images.reshape(len(images), -1) / 255
@@ -33,13 +33,26 @@ def load_features(path: str) -> Features:
             '(.jax), a TorchScript file (.pt), or "pixels".'
         )
     try:
-        return {".py": _from_python, ".jax": _from_export, ".pt": _from_torchscript}[file.suffix](file)
+        network = {".py": _from_python, ".jax": _from_export, ".pt": _from_torchscript}[file.suffix](file)
     except KeyError:
         raise DataError(f"eval.features={path!r}: must end in .py, .jax or .pt.") from None
     except ImportError:
         raise
     except Exception as error:  # somebody else's code and formats
         raise DataError(f"eval.features={path!r} cannot be used: {type(error).__name__}: {error}") from error
+
+    def features(images):
+        try:
+            found = np.asarray(network(images), np.float64)
+        except Exception as error:
+            size = "x".join(map(str, images.shape[1:]))
+            raise DataError(f"eval.features={path!r} fails on images of {size}: {type(error).__name__}: {error}") from error
+        if found.ndim != 2 or len(found) != len(images) or not np.all(np.isfinite(found)):
+            shape = f"{list(found.shape)} for {len(images)} images"
+            raise DataError(f"eval.features={path!r}: features {shape}, not a row of finite numbers for each.")
+        return found
+
+    return features
 
 
 def _from_python(file):

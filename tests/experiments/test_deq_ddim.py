@@ -128,6 +128,8 @@ def test_every_mode_does_what_it_says(trained, capsys):
         ({"sample.shown": 0}, "sample.shown=0"),
         ({"sampler.data_variance": -1.0}, "sampler.data_variance=-1.0"),
         ({"sampler.options.memmory": 3}, "did you mean 'memory'"),
+        ({"sampler.options.stop": "all"}, r"stop='all'\): must be 'each'"),
+        ({"model.image_channels": 3}, r"images of 8x8x1 \(digits\) for a model of 8x8x3"),
         ({"diffusion.schedule": "cosine"}, "no noise schedule is called 'cosine'"),
     ],
 )
@@ -151,7 +153,9 @@ def test_a_network_that_returns_nan_is_reported_with_the_timestep(trained, tmp_p
     weights = read_checkpoint(file)
     weights["conv_out.bias"] = np.full_like(weights["conv_out.bias"], np.nan)
     write_checkpoint(file, weights)
-    assert deq_ddim.main(command(tmp_path, "--mode=sample", init_from=file)) == 2
+    # A data set is not needed for that.
+    settings = {"init_from": file, "data.name": "cifar10", "data.dir": "/nowhere"}
+    assert deq_ddim.main(command(tmp_path, "--mode=sample", **settings)) == 2
     assert "not finite for 2 of 2 samples: sample 0 at timestep" in " ".join(capsys.readouterr().err.split())
 
 
@@ -273,6 +277,11 @@ def test_feature_networks_come_from_files(tmp_path):
     (tmp_path / "mean.jax").write_bytes(exported.serialize())
     np.testing.assert_allclose(load_features(str(tmp_path / "mean.jax"))(images), mean, rtol=1e-6)
     assert load_features("pixels")(images).shape == (5, 48)
+    with pytest.raises(ValueError, match="fails on images of 8x8x1"):
+        load_features(str(tmp_path / "mean.jax"))(np.zeros((2, 8, 8, 1), np.uint8))
+    (tmp_path / "one.py").write_text("def features(images):\n    return images.mean()\n")
+    with pytest.raises(ValueError, match="not a row of finite numbers for each"):
+        load_features(str(tmp_path / "one.py"))(images)
     (tmp_path / "broken.py").write_text("features = 1 / 0")
     (tmp_path / "weights.bin").write_text("")
     for name, message in (("absent.pt", "no such file"), ("broken.py", "ZeroDivisionError"), ("weights.bin", "must end in")):

@@ -3,7 +3,7 @@
 from deqjax.models.ddim.config import UNetConfig
 from deqjax.models.ddim.inversion import InversionState, exact_gradient, inversion, one_step_gradient, sequential_gradient
 from deqjax.models.ddim.joint import JointSystem, attach
-from deqjax.models.ddim.parallel import JointSolution, Record, solve_joint
+from deqjax.models.ddim.parallel import JointSolution, Record, check_slot_by_slot, solve_joint
 from deqjax.models.ddim.samplers import (
     NonFiniteOutput,
     Sampled,
@@ -31,6 +31,7 @@ __all__ = [
     "betas",
     "chain_denoiser",
     "check_finite",
+    "check_slot_by_slot",
     "encode",
     "exact_gradient",
     "inversion",

@@ -101,11 +101,7 @@ def solve_joint(
         raise ValueError(f"window={window}: must be 0 (the whole trajectory) or more.")
     start_anew = jnp.repeat(x_T[:, None], len(system.chain), axis=1)
     trajectory = start_anew if z_init is None else z_init
-    if isinstance(solver, (Picard, TriangularAnderson)) and not getattr(solver, "reverse", False):
-        for name, needed in _IN_WINDOW.items():
-            if getattr(solver, name) != needed:
-                given = f"{type(solver).__name__}({name}={getattr(solver, name)!r})"
-                raise ValueError(f"{given}: must be {needed!r} here, where the slots of a trajectory stop one by one.")
+    if check_slot_by_slot(solver):
         return _in_window(system, x_T, noise, solver, window, trajectory, z_init is not None, record)
     if window or record:
         raise ValueError(
@@ -113,6 +109,21 @@ def solve_joint(
             "TriangularAnderson or Picard for these."
         )
     return _as_a_whole(system, x_T, noise, solver, trajectory)
+
+
+def check_slot_by_slot(solver: Solver) -> bool:
+    """Whether a solver works slot by slot, in the order of time; any other takes the trajectory as a whole.
+
+    Raises:
+      ValueError: it does, and has an option that has no meaning there.
+    """
+    if not isinstance(solver, (Picard, TriangularAnderson)) or getattr(solver, "reverse", False):
+        return False
+    for name, needed in _IN_WINDOW.items():
+        if getattr(solver, name) != needed:
+            given = f"{type(solver).__name__}({name}={getattr(solver, name)!r})"
+            raise ValueError(f"{given}: must be {needed!r} here, where the slots of a trajectory stop one by one.")
+    return True
 
 
 def _as_a_whole(system, x_T, noise, solver, trajectory) -> JointSolution:
