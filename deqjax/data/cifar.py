@@ -42,7 +42,7 @@ def cifar10(directory: str | os.PathLike, split: str) -> ImageArrays:
     raise DataError(
         f"{directory} holds no CIFAR-10. Put {' or '.join(_ARCHIVES.values())} there, packed or unpacked "
         "(https://www.cs.toronto.edu/~kriz/cifar.html), or the cifar10 folder of TensorFlow Datasets in its array_record form. "
-        "Without a network there is configs/mdeq_digits.py."
+        "Without a network there are configs/mdeq_digits.py and configs/ddim_digits.py."
     )
 
 
