@@ -23,6 +23,7 @@ class ChainTask(NodeTask):
     """Node classification with a config that can be swept over chain lengths: to be trained, and nothing else."""
 
     modes = ("train",)
+    free_to_change = ("sweep",)
 
     def __init__(self, config):
         if config.data.name != "chains" or "sweep" not in config:
@@ -47,7 +48,7 @@ def main(argv=None):
             for seed in sweep.seeds:
                 folder = workdir / f"length-{length}-layers-{layers}-seed-{seed}"
                 settings = {"data.length": length, "explicit_layers": layers, "seed": seed}
-                status, result = finish(train, argv, folder, settings, "test/accuracy", options.config.steps)
+                status, result = finish(train, argv, folder, settings, "test/accuracy", ChainTask.free_to_change)
                 if result is None:
                     return status  # the same command goes on from there
                 accuracy.setdefault(layers, {}).setdefault(length, []).append(result)

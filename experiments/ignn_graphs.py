@@ -173,6 +173,7 @@ def _check_settings(config) -> None:
         ("data.buckets", data.buckets, 1),
         ("explicit_layers", config.explicit_layers, 0),
         ("data.data_seed", data.data_seed, 0),
+        ("seed", config.seed, 0),
     ):
         if value < least:
             raise ValueError(f"{name}={value}: must be {least} or more.")
@@ -197,7 +198,7 @@ def cross_validate(argv, options) -> int:
     scores = []
     for fold in range(options.config.data.folds):
         folder = Path(options.workdir) / f"fold-{fold}"
-        status, score = finish(main, argv, folder, {"data.fold": fold}, "test/accuracy", options.config.steps)
+        status, score = finish(main, argv, folder, {"data.fold": fold}, "test/accuracy")
         if score is None:
             return status  # the same command goes on from there
         scores.append(score)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from deqjax.data.amazon import amazon
 from deqjax.data.chains import chains
+from deqjax.data.errors import DataError
 from deqjax.data.graphs import Graph, check_well_posed, components, with_radius
 from deqjax.data.ppi import ppi, synthetic_ppi
 from deqjax.models.ignn import GCN, IGNN, GraphsTuple, IGNNConfig, alone, choose_bucket, fit_buckets, pad_rows, single, stack
@@ -231,6 +232,8 @@ def _amazon(config):
     train, valid = whole.train, whole.test
     if config.data.select == "valid":
         # The original selects by the test nodes; a tenth of the training nodes serves instead.
+        if len(train) < 2:
+            raise DataError(f"{config.data.dir} has one node to train on, and none to validate: take data.select=test.")
         shuffled = np.random.default_rng(config.data.data_seed).permutation(whole.train)
         valid, train = np.split(shuffled, [max(len(shuffled) // 10, 1)])
     chosen = {"train": train, "valid": valid, "test": whole.test}
@@ -265,6 +268,7 @@ def _check_settings(config) -> None:
         ("explicit_layers", config.explicit_layers, 0),
         ("clip_each", config.clip_each, 0),
         ("data.data_seed", data.get("data_seed", 0), 0),
+        ("seed", config.seed, 0),
     ):
         if not value >= least:  # NaN is refused, too
             raise ValueError(f"{name}={value}: must be {least} or more.")

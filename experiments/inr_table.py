@@ -40,6 +40,7 @@ class TableTask(SignalTask):
     """Fitting with a config that lists networks to compare: to be trained, and nothing else."""
 
     modes = ("train",)
+    free_to_change = (*SignalTask.free_to_change, "table")
 
     def __init__(self, config):
         if "table" not in config or config.data.kind not in ("image", "audio", "video"):
@@ -66,7 +67,7 @@ def main(argv=None):
     for name, changes in names.items():
         for seed in table.seeds:
             folder = workdir / f"{name}-seed-{seed}"
-            status, result = finish(train, argv, folder, changes | {"seed": seed}, "test/psnr", options.config.steps)
+            status, result = finish(train, argv, folder, changes | {"seed": seed}, "test/psnr", TableTask.free_to_change)
             if result is None:
                 return status  # the same command goes on from there
             rows.setdefault(name, []).append(last_test(folder))

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from configs import ignn_chains, ignn_demo_graphs, ignn_ppi
+from deqjax.cli import parse
 from deqjax.data.errors import DataError
 from deqjax.data.ppi import synthetic_ppi
 from deqjax.training.mesh import make_mesh, place_batch
@@ -18,7 +19,7 @@ from experiments import ignn_chain_lengths, ignn_graphs, ignn_nodes
 from experiments.graph_metrics import accuracy
 from experiments.ignn_graphs import GraphTask
 from experiments.ignn_nodes import SPLITS, Example, NodeTask, as_single, graphs_of
-from experiments.many_runs import final_value, without
+from experiments.many_runs import final_value, finish, without
 from tests.training.meshes import loss_and_gradient, mesh_of
 from tests.training.runs import lines
 
@@ -196,7 +197,7 @@ def test_a_tie_earns_what_a_guess_would():
     np.testing.assert_allclose(accuracy(jax.numpy.asarray(logits), jax.numpy.asarray(labels)), [1, 0.5, 0])
 
 
-def test_amazon_trains_from_its_prepared_folder(tmp_path):
+def test_amazon_trains_from_its_prepared_folder(tmp_path, capsys):
     """On a made-up graph in its form: nodes without features, sets of labels, as many predicted as there are."""
     random, data = np.random.default_rng(0), tmp_path / "data"
     data.mkdir()
@@ -211,6 +212,9 @@ def test_amazon_trains_from_its_prepared_folder(tmp_path):
     assert ignn_nodes.main(command("ignn_amazon.py", tmp_path / "run", settings)) == 0
     tested = next(e for e in lines(tmp_path / "run") if "test/f1" in e)
     assert 0 <= tested["test/f1"] <= 1 and tested["test/forward/converged"] == 1
+    (data / "train_idx-0.06.txt").write_text("3\n")
+    assert ignn_nodes.main(command("ignn_amazon.py", tmp_path / "other", settings)) == 2
+    assert "one node to train on" in capsys.readouterr().err
 
 
 # Graphs --------------------------------------------------------------------------------------------------------------
@@ -296,6 +300,8 @@ def test_published_configs_say_what_data_they_need(name, tmp_path, monkeypatch, 
         ("ignn_chains.py", {"deq.eval_f_max_iter": 30}, "the solve of evaluation ends after 30 steps"),
         ("ignn_chains.py", {"deq.b_max_iter": 40}, "the solve of the gradient ends after 40 steps"),
         ("ignn_chains.py", {"clip_each": -1.0}, "clip_each=-1.0"),
+        ("ignn_chains.py", {"seed": -1}, "seed=-1"),
+        ("ignn_demo_graphs.py", {"seed": -1}, "seed=-1"),
         ("ignn_chains.py", {"clip_each": "nan"}, "clip_each=nan"),
         ("ignn_chains.py", {"deq.n_state": 3}, "n_state"),
         ("ignn_demo_graphs.py", {"model.spectral_radius": 0.4}, "not well-posed"),
@@ -318,6 +324,32 @@ def test_what_a_killed_run_left_behind_is_no_result(tmp_path):
     whole = '{"step": 2, "test/accuracy": 0.5}\n{"step": 4, "test/accuracy": 0.75}\n{"step": 4, "valid/loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 6, "test/acc')
     assert final_value(tmp_path, "test/accuracy", 4) == 0.75 and final_value(tmp_path, "test/accuracy", 6) is None
+
+
+def test_a_finished_run_is_a_result_of_its_own_config_alone(tmp_path):
+    """With an experiment that writes what a run does: its config, and a test once it has come to its end."""
+    calls = []
+
+    def experiment(argv, end=4):
+        folder, now = tmp_path / "run", parse(argv).config.to_dict()
+        calls.append(argv)
+        if (folder / "config.json").is_file() and json.loads((folder / "config.json").read_text())["model"] != now["model"]:
+            return 2
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(now))
+        (folder / "metrics.jsonl").write_text(f'{{"step": {end}, "test/accuracy": 0.5}}\n' if end else "")
+        return 0
+
+    def result(run=experiment, **settings):
+        argv = command("ignn_chains.py", tmp_path, {"steps": 4, **{k.replace("__", "."): v for k, v in settings.items()}})
+        return finish(run, argv, tmp_path / "run", {"seed": 1}, "test/accuracy", ("sweep",))
+
+    assert result() == (0, 0.5) and len(calls) == 1
+    assert result(sweep__seeds=(7,)) == (0, 0.5) and len(calls) == 1
+    assert result(model__kappa=0.5) == (2, None) and len(calls) == 2
+    # One that stops early has a result, one that is told to stop has none.
+    assert result(lambda argv: experiment(argv, 2), steps=8) == (0, 0.5)
+    assert result(lambda argv: experiment(argv, 0), steps=8) == (0, None)
 
 
 def test_options_are_taken_out_of_a_command_line_in_both_their_forms():
