@@ -29,7 +29,12 @@ def ppi(directory: str | os.PathLike) -> dict[str, list[Graph]]:
     files = [f"{split}_{part}" for split in SPLITS for part in parts]
     otherwise = "For graphs that need no download: --config configs/ignn_chains.py, or configs/ignn_ppi.py:synthetic"
     directory = fetch(directory, "ppi.zip", URL, files, None, otherwise)
-    return {split: [with_radius(graph) for graph in _split(directory, split)] for split in SPLITS}
+    found = {split: _split(directory, split) for split in SPLITS}
+    sizes = {split: (graphs[0].nodes.shape[1], graphs[0].labels.shape[1]) for split, graphs in found.items()}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{split} {F} and {C}" for split, (F, C) in sizes.items())
+        raise DataError(f"{directory}: every split must have as many features, and as many labels, as the others: {told}.")
+    return {split: [with_radius(graph) for graph in graphs] for split, graphs in found.items()}
 
 
 def read_split(directory: str | os.PathLike, split: str) -> list[Graph]:
@@ -48,11 +53,13 @@ def _split(directory, split):
             links = json.load(file)["links"]
         features, labels, graph_id = (np.load(path(f"{part}.npy")) for part in ("feats", "labels", "graph_id"))
         edges = np.array([(link["source"], link["target"]) for link in links], np.int64).reshape(-1, 2)
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, OSError, EOFError) as error:
         raise DataError(f"{path('*')} cannot be read as PPI: {type(error).__name__}: {error}") from error
     if (features.ndim, labels.ndim, graph_id.ndim) != (2, 2, 1):
         shapes = features.shape, labels.shape, graph_id.shape
         raise DataError(f"{path('*')}: features, labels and graph ids of the shapes {shapes}, must be [N, F], [N, C] and [N].")
+    if graph_id.dtype.kind not in "iu":
+        raise DataError(f"{path('graph_id.npy')}: the numbers of graphs must be integers, they are of type {graph_id.dtype}.")
     if not len(graph_id):
         raise DataError(f"{path('graph_id.npy')} is empty: there is no node.")
     if not len(features) == len(labels) == len(graph_id):

@@ -20,6 +20,8 @@ SETS = {
     "PROTEINS": (1113, None),
     "NCI1": (4110, "sha256:10e1458f3bd9224f14e6d7627e74dcfd13e48d376d73935e7bd2900590ef1d82"),
 }
+# More kinds of nodes than this are a damaged file, or labels that are no kinds.
+_MOST_LABELS = 10_000
 
 
 class GraphSet(NamedTuple):
@@ -86,14 +88,25 @@ def read_tu(name: str, directory: str | os.PathLike) -> GraphSet:
     n_nodes = len(indicator)
     if not n_nodes:
         raise DataError(f"{directory / f'{name}_graph_indicator.txt'} is empty: there is no node.")
-    if edges.shape[1] != 2 or (edges.size and not (edges.min() >= 0 and edges.max() < n_nodes)):
-        raise DataError(f"{directory / f'{name}_A.txt'}: the ends of edges must be some of the nodes 1 to {n_nodes}.")
+    if edges.shape[1] != 2:
+        raise DataError(f"{directory / f'{name}_A.txt'}: every line must be an edge, the numbers of two nodes.")
+    if len(wrong := np.flatnonzero(((edges < 0) | (edges >= n_nodes)).any(axis=1))):
+        ends = " and ".join(map(str, edges[wrong[0]] + 1))
+        raise DataError(
+            f"{directory / f'{name}_A.txt'}, line {wrong[0] + 1}: joins {ends}, but the ends of edges must be some of the "
+            f"nodes 1 to {n_nodes}."
+        )
     if np.any(np.diff(indicator) < 0) or not 0 <= indicator.min() <= indicator.max() < len(labels):
         raise DataError(
             f"{directory / f'{name}_graph_indicator.txt'}: must grow from 1 to {len(labels)}, the number of graphs."
         )
     if node_labels is not None and len(node_labels) != n_nodes:
         raise DataError(f"{directory / f'{name}_node_labels.txt'} has {len(node_labels)} lines for {n_nodes} nodes.")
+    if node_labels is not None and np.ptp(node_labels, axis=0).max() >= _MOST_LABELS:
+        raise DataError(
+            f"{directory / f'{name}_node_labels.txt'}: labels from {node_labels.min()} to {node_labels.max()} are too many, a "
+            f"feature for each; renumber them, to fewer than {_MOST_LABELS}."
+        )
     if np.any(indicator[edges[:, 0]] != indicator[edges[:, 1]]):
         raise DataError(f"{directory / f'{name}_A.txt'}: an edge joins two graphs.")
 

@@ -190,7 +190,9 @@ def test_tu_sets_are_read_and_their_faults_named(tmp_path):
     (tmp_path / "TOY_node_labels.txt").unlink()
     np.testing.assert_array_equal(read_tu("TOY", tmp_path).graphs[1].nodes, [[1], [1]])  # the in-degree instead
     for part, text, message in (
-        ("A", "1, 2\n2, 99\n", "must be some of the nodes 1 to 8"),
+        ("A", "1, 2\n2, 99\n", "line 2: joins 2 and 99, .* must be some of the nodes 1 to 8"),
+        ("A", "1\n2\n", "every line must be an edge"),
+        ("node_labels", "0\n0\n1\n1000000000\n1\n0\n1\n1\n", "labels from 0 to 1000000000 are too many"),
         ("A", "1, 2\n3, 4\n", "an edge joins two graphs"),
         ("A", "1, x\n", "TOY_A.txt is damaged"),
         ("A", "1, nan\n", "TOY_A.txt is damaged"),
@@ -285,12 +287,21 @@ def test_folds_need_enough_graphs_of_each_class():
         folds(labels, 13)
 
 
-def tiny_ppi(folder):
+def tiny_ppi(folder, split="train", n_features=50):
     links = [{"source": 0, "target": 1}, {"source": 1, "target": 1}, {"source": 3, "target": 4}]
-    (folder / "train_graph.json").write_text(json.dumps({"links": links, "nodes": [{"id": k} for k in range(5)]}))
-    np.save(folder / "train_feats.npy", np.ones((5, 50)))
-    np.save(folder / "train_labels.npy", np.zeros((5, 121)))
-    np.save(folder / "train_graph_id.npy", np.array([1, 1, 1, 2, 2]))
+    (folder / f"{split}_graph.json").write_text(json.dumps({"links": links, "nodes": [{"id": k} for k in range(5)]}))
+    np.save(folder / f"{split}_feats.npy", np.ones((5, n_features)))
+    np.save(folder / f"{split}_labels.npy", np.zeros((5, 121)))
+    np.save(folder / f"{split}_graph_id.npy", np.array([1, 1, 1, 2, 2]))
+
+
+def test_the_splits_of_ppi_have_features_alike(tmp_path):
+    for split, n_features in (("train", 50), ("valid", 50), ("test", 49)):
+        tiny_ppi(tmp_path, split, n_features)
+    with pytest.raises(DataError, match="train 50 and 121, valid 50 and 121, test 49 and 121"):
+        ppi(tmp_path)
+    tiny_ppi(tmp_path, "test")
+    assert [len(graphs) for graphs in ppi(tmp_path).values()] == [2, 2, 2]
 
 
 def test_ppi_files_that_do_not_belong_together_are_refused(tmp_path):
@@ -305,6 +316,7 @@ def test_ppi_files_that_do_not_belong_together_are_refused(tmp_path):
         ("feats.npy", np.ones(5), r"must be \[N, F\]"),
         ("labels.npy", np.zeros(5), r"must be \[N, F\], \[N, C\]"),
         ("graph_id.npy", np.zeros(0, int), "is empty"),
+        ("graph_id.npy", np.array([1, 1, np.nan, 2, 2]), "must be integers, they are of type float64"),
         ("labels.npy", np.full((5, 121), 2), "label 2.0 is outside 0 to 1"),
         ("labels.npy", np.full((5, 121), 0.5), "label 0.5 is outside 0 to 1"),
         ("graph_id.npy", np.array([1, 2, 1, 2, 2]), "do not stand together"),
@@ -320,6 +332,8 @@ def test_ppi_files_that_do_not_belong_together_are_refused(tmp_path):
     for text, message in (
         ('{"links": [{"source": 0, "target": 9}]}', "links node 9"),
         ('{"links": [{"source": -1, "target": 2}]}', "links node -1"),
+        ('{"links": [{"source": 1e30, "target": 2}]}', "cannot be read as PPI"),
+        (f'{{"links": [{{"source": {10**30}, "target": 2}}]}}', "cannot be read as PPI"),
         ("{", "cannot be read as PPI"),
     ):
         tiny_ppi(tmp_path)
