@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deqjax.interop.state_dict import COLUMN, LINEAR, SAME, Entry, export_entries, load_entries
+from deqjax.interop.state_dict import COLUMN, LINEAR, SAME, Entry, StateDictError, export_entries, load_entries
 from deqjax.models.ignn import IGNN
 from deqjax.nn.layers import NormalizedLinear
 
@@ -39,12 +39,19 @@ def load_ignn(model: IGNN, state_dict: Mapping[str, np.ndarray]) -> None:
     """Sets the model's parameters from a state dict of either source.
 
     What no forward pass uses is passed over: `bias`, the zeros `X_0`, and the second Omega of networks without that term.
-    A checkpoint of the original repository needs `omega_2=False` to compute what it was trained for.
+    A checkpoint of the original repository needs `omega_2=False` to compute what it was trained for; only that of the PPI
+    network can be told from the zoo's.
 
     Raises:
-      StateDictError: keys that do not fit, all of them named.
+      StateDictError: keys that do not fit, all of them named, or a PPI checkpoint of the original repository for a network with
+        the second term.
     """
     original = model.config.network == "ppi" and any(key.removeprefix("module.").startswith("ig1.") for key in state_dict)
+    if original and model.config.has_omega_2:
+        raise StateDictError(
+            "the state dict is of the original repository, whose networks have no term Omega_2 U, but this one has it: set "
+            "model.omega_2=False, as configs/ignn_ppi.py:original does."
+        )
     ignored = ["X_0"]
     for number, layer in enumerate(model.layers):
         prefix = _prefix(model, number, original)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from deqjax.interop.ignn import entries, load_ignn
+from deqjax.interop.state_dict import StateDictError
 from deqjax.models.ignn import (
     GCN,
     IGNN,
@@ -347,6 +349,17 @@ def test_arrays_that_make_no_graph_are_refused(change, message):
 def test_features_of_another_number_are_explained():
     with pytest.raises(ValueError, match="nodes of 5 features for a network of n_features=3"):
         apply(network(), stack([graph(0, features=5)], Bucket(8, 60)))
+    with pytest.raises(ValueError, match="nodes of 5 features for a network of n_features=3"):
+        apply(GCN(3, 4, 2, 1, nnx.Rngs(0)), stack([graph(0, features=5)], Bucket(8, 60)))
+
+
+def test_weights_of_the_original_repository_need_its_network():
+    """Which has no second Omega; with one, they would compute something else without a word."""
+    original, zoo = (network("ppi", omega_2=has) for has in (False, True))
+    state_dict = {e.key: e.layout.export(np.asarray(e.variable[...])) for e in entries(original, original=True)}
+    load_ignn(original, state_dict)
+    with pytest.raises(StateDictError, match=r"original repository.*omega_2=False"):
+        load_ignn(zoo, state_dict | {f"ig{k}.Omega_2": np.zeros((m, p)) for k, (p, m) in enumerate(zoo.config.widths, 1)})
 
 
 def test_a_batch_without_radii_is_explained():

@@ -9,7 +9,7 @@ from flax import nnx
 from deqjax.core.annotations import Array, Key
 from deqjax.models.ignn.aggregation import adjacency
 from deqjax.models.ignn.graphs import GraphsTuple, node_mask
-from deqjax.models.ignn.network import Linear, Output, unit_length
+from deqjax.models.ignn.network import Linear, Output, check_features, unit_length
 from deqjax.nn.dropout import VariationalDropout, apply_mask
 
 
@@ -42,6 +42,7 @@ class GCN(nnx.Module):
         if n_layers < 1:
             raise ValueError(f"n_layers={n_layers}: must be 1 or more.")
         sizes = [n_features] + [n_hidden] * n_layers
+        self.n_features = n_features
         self.dropout, self.pool, self.aggregation = dropout, pool, aggregation
         self.layers = nnx.List([Linear(a, b, rngs, use_bias=False) for a, b in itertools.pairwise(sizes)])
         self.readout = Linear(n_hidden, n_classes, rngs, use_bias=pool)
@@ -49,7 +50,12 @@ class GCN(nnx.Module):
     def __call__(
         self, graphs: GraphsTuple, *, train: bool = False, key: Key[Array, ""] | None = None, solver_options=None
     ) -> Output:
-        """Logits of every node `[G, N, C]` or graph `[G, C]`."""
+        """Logits of every node `[G, N, C]` or graph `[G, C]`.
+
+        Raises:
+          ValueError: nodes without features, or with another number of them.
+        """
+        check_features(graphs, self.n_features)
         x, weights = jnp.asarray(graphs.nodes), jnp.asarray(graphs.edges)
         A = adjacency(jnp.asarray(graphs.senders), jnp.asarray(graphs.receivers), weights, x.shape[1], self.aggregation)
         mask = node_mask(graphs, x.shape[1]).astype(weights.dtype)[..., None]

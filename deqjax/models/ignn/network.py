@@ -98,8 +98,8 @@ class IGNN(nnx.Module):
         n_nodes = config.n_features if graphs.nodes is None else graphs.nodes.shape[1]
         if graphs.nodes is None and jnp.ndim(graphs.edges) == 2 and len(graphs.edges) != 1:
             raise ValueError("graphs without features (each node its own) come one at a time: they share no node.")
-        if graphs.nodes is not None and graphs.nodes.shape[-1] != config.n_features:
-            raise ValueError(f"nodes of {graphs.nodes.shape[-1]} features for a network of n_features={config.n_features}.")
+        if graphs.nodes is not None:
+            check_features(graphs, config.n_features)
         A = adjacency(jnp.asarray(graphs.senders), jnp.asarray(graphs.receivers), weights, n_nodes, config.aggregation)
         mask = node_mask(graphs, n_nodes).astype(weights.dtype)[..., None]
         return A, mask, None if graphs.nodes is None else jnp.asarray(graphs.nodes) * mask
@@ -139,6 +139,13 @@ class IGNN(nnx.Module):
             x = unit_length(x)
         dropout = VariationalDropout(self.config.dropout).mask(key, x.shape, x.dtype)
         return self.readout(apply_mask(x, dropout))
+
+
+def check_features(graphs: GraphsTuple, n_features: int) -> None:
+    """Raises ValueError unless the nodes have so many features."""
+    found = 0 if graphs.nodes is None else graphs.nodes.shape[-1]
+    if found != n_features:
+        raise ValueError(f"nodes of {found} features for a network of n_features={n_features}.")
 
 
 def unit_length(x: Float[Array, "... m"], epsilon: float = 1e-12) -> Float[Array, "... m"]:
