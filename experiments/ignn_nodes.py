@@ -98,14 +98,14 @@ class NodeTask:
         p, n = process_share(make_mesh(self.config.get("mesh")))
         return {name: np.split(array, n)[p] if n > 1 else array for name, array in batch.items()}
 
-    def collate(self, examples: list[Example]) -> dict[str, np.ndarray]:
-        """Graphs padded to their bucket, as many rows as the devices share evenly, with labels and which nodes count."""
+    def collate(self, examples: list[Example], n_rows: int = 0) -> dict[str, np.ndarray]:
+        """Graphs padded to their bucket, in n_rows or more that devices share evenly, with labels and which nodes count."""
         graphs = [example.graph for example in examples]
         if graphs[0].nodes is None:
             batch = alone(graphs[0])
             n_rows, n_node = 1, int(graphs[0].n_node[0])
         else:
-            n_rows = -(-len(graphs) // self.rows) * self.rows
+            n_rows = -(-max(len(graphs), n_rows) // self.rows) * self.rows
             bucket = choose_bucket(graphs, self.buckets)
             batch, n_node = stack(graphs, bucket, n_rows), bucket.n_node
         arrays = {name: array for name, array in batch._asdict().items() if array is not None}
@@ -161,7 +161,7 @@ class NodeTask:
         graph, state = nnx.split(model)
         examples, B, results = self.splits[split], self.batch_size, []
         for start in range(0, len(examples), B):
-            batch = place_whole(mesh, self.collate(examples[start : start + B]))
+            batch = place_whole(mesh, self.collate(examples[start : start + B], min(B, len(examples))))
             results.append(self._evaluate_batch(graph, state, batch))
         for metrics, label_sets in jax.device_get(results):
             sums.add(metrics)

@@ -134,6 +134,15 @@ def test_an_epoch_compiles_no_more_often_than_there_are_buckets():
     assert len({b["nodes"].shape for b in batches}) == 2 == update._cache_size()
 
 
+def test_an_evaluation_whose_last_batch_is_short_compiles_no_more_often():
+    task = small_ppi(data__buckets=1, data__batch_size=2, explicit_layers=1, mesh={"data": 1, "fsdp": 1, "model": -1})
+    model = task.model(nnx.Rngs(0))
+    found = task.evaluate(model, "valid")
+    assert task._evaluate_batch._cache_size() == 1
+    whole = small_ppi(data__buckets=1, data__batch_size=3, explicit_layers=1).evaluate(model, "valid")
+    np.testing.assert_allclose([found["loss"], found["f1"]], [whole["loss"], whole["f1"]], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "extra", "message"),
     [
