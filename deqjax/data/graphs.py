@@ -165,10 +165,25 @@ def _irreducible_radius(block) -> float:
         return float(np.abs(np.linalg.eigvals(block.toarray())).max())
     start = np.ones(block.shape[0])
     difference = abs(block - block.T)
-    if difference.nnz == 0 or difference.max() <= 1e-12 * block.max():
-        # By Perron and Frobenius the eigenvalue of largest modulus is positive.
-        return float(scipy.sparse.linalg.eigsh(block, k=1, which="LA", v0=start, return_eigenvectors=False)[0])
-    return float(np.abs(scipy.sparse.linalg.eigs(block, k=1, which="LM", v0=start, return_eigenvectors=False)[0]))
+    try:
+        if difference.nnz == 0 or difference.max() <= 1e-12 * block.max():
+            # By Perron and Frobenius the eigenvalue of largest modulus is positive.
+            return float(scipy.sparse.linalg.eigsh(block, k=1, which="LA", v0=start, return_eigenvectors=False)[0])
+        return float(np.abs(scipy.sparse.linalg.eigs(block, k=1, which="LM", v0=start, return_eigenvectors=False)[0]))
+    except scipy.sparse.linalg.ArpackNoConvergence:
+        return _radius_bound(block)
+
+
+def _radius_bound(block, iterations: int = 1000) -> float:
+    """An upper bound: the largest (A x)_i / x_i of any positive x (Collatz and Wielandt), here one of the power method.
+
+    For long directed cycles, whose eigenvalues all have the same modulus or nearly so.
+    """
+    x, shift = np.ones(block.shape[0]), block.sum(axis=1).mean()
+    for _ in range(iterations):
+        x = block @ x + shift * x
+        x /= x.max()
+    return float((block @ x / x).max())
 
 
 def with_radius(graph: Graph) -> Graph:

@@ -48,6 +48,13 @@ def test_a_nilpotent_matrix_has_no_radius_and_a_normalised_one_that_of_one():
     np.testing.assert_allclose(spectral_radius(augmented(undirected)), 1, rtol=1e-9)
 
 
+def test_where_no_eigenvalue_stands_out_the_radius_is_bounded_from_above():
+    """A directed cycle: all eigenvalues have the same modulus, the geometric mean of its weights."""
+    n, weights = 401, np.random.default_rng(0).uniform(0.5, 1.5, 401)
+    cycle = Graph(None, np.arange(n), np.roll(np.arange(n), 1), weights, n)
+    assert 1 <= spectral_radius(cycle) / np.exp(np.mean(np.log(weights))) < 1.1
+
+
 def test_components_are_the_parts_and_together_the_whole():
     whole = chains(length=5, n_chains=8, n_features=4, protocol="percent").graph
     parts = components(whole)
