@@ -80,7 +80,7 @@ class LinearSolver:
           NotImplementedError: GMRES or BiCGSTAB inside a shard_map that checks what varies.
         """
         leaves, structure = jax.tree.flatten(c)
-        if self.constant_starts and any(getattr(jax.typeof(x), "vma", ()) for x in leaves):
+        if self.constant_starts and any(jax.typeof(x).manual_axis_type.varying for x in leaves):
             raise NotImplementedError(
                 f"the loops of jax.scipy's {type(self).__name__} do not say what differs between devices, as shard_map wants "
                 "to know: give shard_map check_vma=False, or take NormalCG or Anderson, or for the forward solve Broyden."
