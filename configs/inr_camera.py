@@ -4,7 +4,7 @@
     python -m experiments.inr_table --config configs/inr_camera.py
 
 Paper: (Implicit)^2: Implicit Layers for Implicit Representations (NeurIPS 2021). Without a variant: every other pixel of the
-picture, 256 x 256, one layer of 128, 300 steps. Numbers, time and hardware: docs/inr.md.
+picture, 256 x 256, one layer of 128, 1000 steps. Numbers, time and hardware: docs/inr.md.
 
 Variants are the published runs by their names: `[DEQ-]FILTER-{L}L{D}D` with FILTER siren_like, fourier or gabor, e.g.
 `:DEQ-siren_like-1L512D` or `:gabor-4L256D` (published: 1L256D, 1L512D and 4L256D), on the whole picture, 5000 steps. Without
@@ -23,6 +23,7 @@ _NAME = re.compile(r"(?P<original>original/)?(?P<deq>DEQ-)?(?P<filter>siren_like
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config = base()
+    config.steps = 1000
     # Of experiments.inr_table: about 17,500 parameters each, but for Gabor filters, which have 18,300 and 18,900.
     config.table = ml_collections.ConfigDict()
     filters = ("siren_like", "fourier", "gabor")

@@ -72,7 +72,7 @@ is_trained = bool(committed_steps(workdir))
 if not is_trained:
     workdir = Path(tempfile.mkdtemp())
     if platform == "cpu":
-        config.data.step, config.model.input_scale = 8, 32.0
+        config.data.step, config.model.input_scale, config.steps = 8, 32.0, 300
 task = SignalTask(config)
 shape = task.signal.shape
 original = task.signal.whole(0)  # [height, width, 1], from 0 to 1
