@@ -21,7 +21,8 @@ GRADIENTS = ("one_step", "implicit", "sequential")
 def invert(config, rates, model: UNet, images) -> str:
     """Finds latents of `config.invert.images` images with each of `config.invert.gradients`; a table of errors against time.
 
-    Saves the latents and the pictures before and after. Seconds are those of optimisation steps, without compilation.
+    Saves the latents and the pictures before and after. Seconds are those of optimisation steps, without compilation. Errors
+    are those of the images that the sequential sampler makes of the latents, however loosely the equilibrium was solved.
 
     Raises:
       DataError: there are not so many images.
@@ -40,22 +41,27 @@ def invert(config, rates, model: UNet, images) -> str:
 
         def method(model, gradient=gradient):
             system = system_of(config, chain, model, sampler.mesh, remat=c.remat)
-            options = {"solver": solver_of(config, len(chain)), "window": config.sampler.window, "warm_start": c.warm_start}
-            return inversion(system, target, noise, gradient=gradient, optimizer=optax.adam(c.learning_rate), **options)
+            options = {"solver": solver_of(config, len(chain), c.tol), "window": config.sampler.window}
+            options |= {"optimizer": optax.adam(c.learning_rate), "warm_start": c.warm_start}
+            return inversion(system, target, noise, gradient=gradient, **options)
 
         state = sampler.compiled(lambda model, x, method=method: method(model)[0](x))(x_T)
         update = sampler.compiled(lambda model, state, method=method: method(model)[1](state))
-        history, state = _optimise(update, state, c)
+
+        def error(state):
+            return float(jnp.sum(jnp.square(sampled(state.best_x_T, noise)[:, -1] - target)) / len(target))
+
+        rows.append({"gradient": gradient, "first": error(state)})
+        history, marks, state = _optimise(update, error, state, c)
         refuse_non_finite(state.failed_at, chain)
-        rows.append({"gradient": gradient, **_summary(history, target, c.at_seconds)})
+        rows[-1] |= _costs(history, len(target)) | marks | {"at the end": error(state)}
+        rows[-1]["RMS per pixel"] = float(np.sqrt(rows[-1]["at the end"] / target[0].size))
+        say(f"{gradient}: {rows[-1]['steps']} steps, error {rows[-1]['at the end']:.4g}")
         trajectory = np.asarray(sampled(state.best_x_T, noise))
-        image = trajectory[:, -1]
-        error = float(np.mean(np.sum(np.square(image - target), axis=(1, 2, 3))))
-        say(f"{gradient}: {rows[-1]['steps']} steps, error {rows[-1]['best']:.4g}; sampled in sequence {error:.4g}")
-        pictures.append(image)
+        pictures.append(trajectory[:, -1])
         files.append(out / f"inverted_{gradient}.npz")
-        arrays = {"x_T": state.best_x_T, "image": image, "target": target, "trajectory": trajectory}
-        np.savez(files[-1], loss=state.best_loss, **arrays, **({} if noise is None else {"noise": noise}))
+        arrays = {"x_T": state.best_x_T, "image": trajectory[:, -1], "target": target, "trajectory": trajectory}
+        np.savez(files[-1], **arrays, **({} if noise is None else {"noise": noise}))
     # A column per image: the target, then what each gradient has found.
     stacked = np.concatenate([np.asarray(p) for p in pictures])
     files.append(write_grid(out / "inversion.png", stacked, columns=len(target)))
@@ -80,33 +86,32 @@ def _targets(config, sampler: Sampler, images):
     return jnp.asarray(take(images, numbers).astype(np.float32) / 127.5 - 1)
 
 
-def _optimise(update, state, c):
+def _optimise(update, error, state, c):
     """Runs until the budget of steps or seconds is spent, or every image is good enough.
 
     Returns:
-      The history, `(seconds, of all CPU cores, best losses, calls, evaluations)` of every step, and the last state.
+      The history, `(seconds, of all CPU cores, calls, evaluations)` of every step; the errors at the marks; the last state.
     """
     jax.block_until_ready(update(state))  # compiles
-    history, seconds, cpu_seconds = [], 0.0, 0.0
+    history, marks, seconds, cpu_seconds = [], dict.fromkeys((f"after {at:g} s" for at in c.at_seconds), "-"), 0.0, 0.0
     for _ in range(c.steps):
+        before = state
         began, cpu = time.perf_counter(), time.process_time()
         state = jax.block_until_ready(update(state))
-        seconds, cpu_seconds = seconds + time.perf_counter() - began, cpu_seconds + time.process_time() - cpu
-        best = np.asarray(state.best_loss)
-        history.append((seconds, cpu_seconds, best, int(state.calls), int(state.evaluations)))
-        if (c.seconds and seconds >= c.seconds) or np.max(best) < c.stop_below or np.any(np.asarray(state.failed_at) >= 0):
+        seconds, cpu_before = seconds + time.perf_counter() - began, cpu_seconds
+        cpu_seconds += time.process_time() - cpu
+        for name, at in zip(marks, c.at_seconds, strict=True):
+            if cpu_before < at <= cpu_seconds:
+                marks[name] = error(before)
+        history.append((seconds, cpu_seconds, int(state.calls), int(state.evaluations)))
+        good = np.max(np.asarray(state.best_loss)) < c.stop_below
+        if (c.seconds and seconds >= c.seconds) or good or np.any(np.asarray(state.failed_at) >= 0):
             break
-    return history, state
+    return history, marks, state
 
 
-def _summary(history, target, at_seconds) -> dict:
-    seconds, cpu_seconds, best, calls, evaluations = (np.array(column) for column in zip(*history, strict=True))
-    errors = best.mean(axis=1)
+def _costs(history, n_images) -> dict:
+    seconds, cpu_seconds, calls, evaluations = (np.array(column) for column in zip(*history, strict=True))
     row = {"steps": len(history), "seconds": float(seconds[-1]), "of all cores": float(cpu_seconds[-1])}
     row["calls in sequence per step"] = float(np.mean(calls))
-    row["evaluations per step and image"] = float(np.mean(evaluations) / len(target))
-    row["first"] = float(errors[0])
-    for at in at_seconds:
-        done = np.sum(cpu_seconds <= at)
-        row[f"after {at:g} s"] = float(errors[done - 1]) if done else "-"
-    return row | {"best": float(errors[-1]), "RMS per pixel": float(np.sqrt(errors[-1] / target[0].size))}
+    return row | {"evaluations per step and image": float(np.mean(evaluations) / n_images)}

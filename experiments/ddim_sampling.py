@@ -120,10 +120,10 @@ def chain_of(config, rates, timesteps: int | None = None) -> Chain:
     return Chain.create(rates, chosen, c.eta)
 
 
-def solver_of(config, n_steps: int):
-    """The solver of `config.sampler` for a chain of so many steps."""
+def solver_of(config, n_steps: int, tol: float = 0.0):
+    """The solver of `config.sampler` for a chain of so many steps, with another tolerance unless that is 0."""
     c = config.sampler
-    return get_solver(c.solver, **{"max_steps": c.max_steps or n_steps, "tol": c.tol, **c.options})
+    return get_solver(c.solver, **{"max_steps": c.max_steps or n_steps, "tol": tol or c.tol, **c.options})
 
 
 def system_of(config, chain: Chain, model: UNet, mesh, remat: bool = False) -> JointSystem:

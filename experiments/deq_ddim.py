@@ -243,9 +243,10 @@ def _check_settings(config) -> None:
     for name in ("invert.gradients", "compare.timesteps"):
         if not config[name.partition(".")[0]][name.partition(".")[2]]:
             raise ValueError(f"{name} is empty: name one or more.")
-    for name in ("window", "chunk", "max_steps", "data_variance"):
-        if not config.sampler[name] >= 0:
-            raise ValueError(f"sampler.{name}={config.sampler[name]}: must be 0 or more.")
+    sampler = [("sampler", name) for name in ("window", "chunk", "max_steps", "data_variance")]
+    for section, name in (*sampler, ("invert", "tol"), ("invert", "seconds")):
+        if not config[section][name] >= 0:
+            raise ValueError(f"{section}.{name}={config[section][name]}: must be 0 or more.")
     if not 0 < config.data.held_out < 1:
         raise ValueError(f"data.held_out={config.data.held_out}: must lie between 0 and 1, a share of the images.")
     if config.sampler.window and config.sampler.solver not in TIME_ORDERED:
