@@ -49,6 +49,8 @@ def norm(state: State) -> Float[Array, " B"]:
 def largest(state: State) -> Float[Array, " B"]:
     """The largest |entry| of every sample over all leaves: `[B]`."""
     dtype = accumulation_dtype(state)
+    # A compiler takes seconds to find the maximum of a large constant, as the gradient of a sum is.
+    state = jax.lax.optimization_barrier(state)
     sizes = (jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim)), initial=0).astype(dtype) for x in jax.tree.leaves(state))
     return functools.reduce(jnp.maximum, sizes)
 
