@@ -178,8 +178,6 @@ def implicit(deq, forward, backward, stop_mode):
     """The authors': Broyden both ways, the Jacobian at the solver's result."""
     deq.hook_ift = True
     deq.f_solver = deq.b_solver = "broyden"
-    deq.f_options.memory = config_dict.placeholder(int)  # of all steps
-    deq.b_options.memory = config_dict.placeholder(int)
     deq.f_max_iter, deq.b_max_iter = forward, backward
     deq.f_stop_mode = deq.b_stop_mode = stop_mode
 

@@ -152,8 +152,6 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
         config.model.n_layer = 1
         config.model.d_inner = 48000
         config.deq.f_solver = config.deq.b_solver = "broyden"
-        config.deq.f_options.memory = config_dict.placeholder(int)  # of all steps
-        config.deq.b_options.memory = config_dict.placeholder(int)
         config.deq.f_max_iter = config.deq.b_max_iter = 35
         config.deq.eval_f_max_iter = 35
         config.deq.ift = True

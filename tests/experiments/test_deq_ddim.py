@@ -87,7 +87,7 @@ def test_every_mode_does_what_it_says(trained, capsys):
         np.testing.assert_array_equal(file["trajectory"][:, -1], file["image"])
         error = np.mean(np.square(file["image"] - file["target"]).sum(axis=(1, 2, 3)))
     row = next(line for line in text.splitlines() if line.startswith("| implicit |")).split("|")
-    assert float(row[-3]) == pytest.approx(error, rel=1e-2)
+    assert float(row[-3]) == pytest.approx(error, rel=0.05)  # of two digits
 
     assert deq_ddim.main(command(trained, "--mode=eval")) == 0
     text = capsys.readouterr().out
