@@ -31,6 +31,13 @@ def pytest_addoption(parser):
     parser.addoption("--goldens", default=None, help="directory tree of golden cases (JSON and npz) to run")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def released():
+    """Lets go of a file's programs: each is mapped into memory, and a process may have 65,530 mappings on Linux."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def optimized():
     """Compiles as users' programs do: for tests that compute more than they compile."""

@@ -225,7 +225,7 @@ def test_training_on_eight_devices_computes_what_one_does():
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_eight_devices_to_two_to_one(tmp_path, monkeypatch):
+def test_a_run_moves_from_eight_devices_to_one(tmp_path, monkeypatch):
     assert_a_run_moves(lambda: tiny_task(log_every=1), (deq_ddim,), tmp_path, monkeypatch, rtol=1e-4)
 
 

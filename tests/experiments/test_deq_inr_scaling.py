@@ -63,7 +63,7 @@ def test_training_and_evaluation_lower_for_every_platform(name):
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_eight_devices_to_two_to_one(tmp_path, monkeypatch):
+def test_a_run_moves_from_eight_devices_to_one(tmp_path, monkeypatch):
     # 81 pixels, which no two devices could share evenly.
     settings = {"data.step": 60, "eval_every": 2, "checkpoint_every": 2, "log_every": 1}
     make_task = lambda: task_of("inr_camera.py", **settings)

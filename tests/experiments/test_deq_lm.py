@@ -128,14 +128,14 @@ def test_runs_killed_at_random_moments_end_like_an_unbroken_one(corpus, tmp_path
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert start(unbroken).wait() == 0
     random, hits = np.random.default_rng(1), 0
-    for at_least in (1, 4, 7, 10):
+    for at_least in (2, 7):
         process = start(killed)
         while process.poll() is None and (committed_steps(killed) or [0])[-1] < at_least:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.2))
         process.kill()
         hits += process.wait() == -signal.SIGKILL
-    assert hits >= 3
+    assert hits == 2
     assert start(killed).wait() == 0
     assert lines(killed) == lines(unbroken)
     ours, expected = weights(killed), weights(unbroken)
@@ -249,7 +249,7 @@ def test_training_and_evaluation_lower_for_every_platform(shape, corpus):
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_two_to_one(corpus, tmp_path, monkeypatch):
     make_task = lambda: small_task(corpus, **RECIPES["deq-seq"], **{"ema": 0.5})
-    assert_a_run_moves(make_task, (deq_lm,), tmp_path, monkeypatch, rtol=1e-5)
+    assert_a_run_moves(make_task, (deq_lm,), tmp_path, monkeypatch, rtol=1e-5, halfway={"fsdp": 2})
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_short_chains_are_learned_and_an_explicit_network_sees_no_further_than_i
 
 @pytest.mark.slow
 def test_a_class_is_remembered_over_a_hundred_nodes(tmp_path, optimized):
-    settings = {"data.length": 100, "steps": 300, "eval_every": 300, "log_every": 100}
+    settings = {"data.length": 100, "steps": 100, "eval_every": 100, "log_every": 100}
     assert ignn_nodes.main(command("ignn_chains.py", tmp_path, settings)) == 0
     assert next(e["test/accuracy"] for e in lines(tmp_path) if "test/accuracy" in e) > 0.95
 

@@ -62,6 +62,6 @@ def test_training_and_evaluation_lower_for_every_platform(name, shape):
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_eight_devices_to_two_to_one(tmp_path, monkeypatch):
+def test_a_run_moves_from_eight_devices_to_one(tmp_path, monkeypatch):
     make_task = lambda: chains(**{"eval_every": 2, "checkpoint_every": 2, "log_every": 1})
     assert_a_run_moves(make_task, (ignn_nodes,), tmp_path, monkeypatch, rtol=1e-4)

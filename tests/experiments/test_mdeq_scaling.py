@@ -32,7 +32,7 @@ def test_every_mesh_segments_as_one_device_does():
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_eight_devices_to_two_to_one(tmp_path, monkeypatch):
+def test_a_run_moves_from_eight_devices_to_one(tmp_path, monkeypatch):
     def without_pictures():
         # Other schedules would follow the number of steps.
         task = digits(**{"optimizer.schedule": "constant"})

@@ -75,13 +75,16 @@ def assert_meshes_agree(task, shapes, tol: float = 2e-5) -> dict[tuple, jax.stag
     return steps
 
 
-def assert_a_run_moves(make_task, modules, tmp_path, monkeypatch, rtol: float, names=("train/loss", "valid/loss")) -> None:
-    """Six steps that go from eight devices to two to one leave the log of six steps on eight.
+def assert_a_run_moves(
+    make_task, modules, tmp_path, monkeypatch, rtol: float, names=("train/loss", "valid/loss"), halfway=()
+) -> None:
+    """Six steps that go from eight devices, split every way, to one leave the log of six steps on eight.
 
     Args:
       make_task: a task whose config evaluates, saves and logs often enough.
       modules: those, beside the loop, that call `make_mesh`.
       rtol: of the metrics with these names.
+      halfway: sizes of a mesh that has steps 3 and 4, if any.
     """
 
     def train(workdir, sizes, steps):
@@ -93,8 +96,10 @@ def assert_a_run_moves(make_task, modules, tmp_path, monkeypatch, rtol: float, n
         return loop.train(task, task.config, workdir)
 
     expected = train(tmp_path / "unbroken", {"data": 8}, 6)
-    for sizes, steps in (({"data": 2, "fsdp": 2, "model": 2}, 2), ({"fsdp": 2}, 4), ({"data": 1}, 6)):
-        moved = train(tmp_path / "moved", sizes, steps)
+    train(tmp_path / "moved", {"data": 2, "fsdp": 2, "model": 2}, 2)
+    if halfway:
+        train(tmp_path / "moved", halfway, 4)
+    moved = train(tmp_path / "moved", {"data": 1}, 6)
     for name in names:
         ours, theirs = ([e[name] for e in lines(tmp_path / run) if name in e] for run in ("moved", "unbroken"))
         np.testing.assert_allclose(ours, theirs, rtol=rtol)

@@ -41,10 +41,9 @@ def close(ours, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [("-1", "1", "1"), ("1", "4", "2")], ids=["data", "fsdp and model"])
-def test_two_processes_train_die_and_go_on(mesh, tmp_path):
+def test_two_processes_train_die_and_go_on(tmp_path):
     """They compute what one does; SIGKILL of one of them costs nothing, SIGTERM to one saves in both."""
-    sizes = [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "model"), mesh, strict=True)]
+    sizes = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "model")]
     expected = train(tmp_path / "one")
     both = tmp_path / "two"
 
