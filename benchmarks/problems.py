@@ -154,12 +154,10 @@ def _multiscale(batch, size, channels, steps, expansion, groups=8):
         import jax.numpy as jnp
 
         from deqjax.nn.convolution import conv
+        from deqjax.nn.group_norm import group_norm
 
         def norm(z):
-            grouped = z.reshape(*z.shape[:-1], groups, -1)
-            grouped = grouped - jnp.mean(grouped, axis=(1, 2, 4), keepdims=True)
-            scale = jax.lax.rsqrt(jnp.mean(jnp.square(grouped), axis=(1, 2, 4), keepdims=True) + 1e-5)
-            return (grouped * scale).reshape(z.shape)
+            return group_norm(z, groups)
 
         def unit(z, scale):
             inner = jax.nn.relu(norm(conv(z, w[f"first_{scale}"])))

@@ -1,5 +1,7 @@
 """Batch and group normalisation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from deqjax.nn.batch_norm import BatchNorm
-from deqjax.nn.group_norm import GroupNorm
+from deqjax.nn.group_norm import GroupNorm, group_norm
 from deqjax.training.mesh import batch_sharding, make_mesh
 
 
@@ -95,3 +97,26 @@ def test_groups_are_contiguous_channels_of_one_sample():
     np.testing.assert_allclose(jnp.mean(coarse.reshape(2, 20, 3, 2), axis=(1, 3)), 0, atol=1e-4)
     with pytest.raises(ValueError, match="must divide"):
         GroupNorm(6, 4)
+
+
+def test_derivatives_of_group_normalisation_are_those_of_its_steps():
+    x, dx, scale = example((2, 3, 3, 4)), example((2, 3, 3, 4), seed=1), jnp.arange(1.0, 5)
+
+    def step_by_step(x, scale):
+        grouped = x.reshape(2, 9, 2, 2)
+        grouped = grouped - grouped.mean((1, 3), keepdims=True)
+        return (grouped * jax.lax.rsqrt(jnp.square(grouped).mean((1, 3), keepdims=True) + 0.1)).reshape(x.shape) * scale
+
+    def derivatives(f):
+        loss = lambda x, scale: jnp.sum(jnp.sin(f(x, scale)) * dx)
+        # Reverse, forward, and two times in every order of the two.
+        gradient = jax.grad(loss, (0, 1))
+        along = lambda g: lambda x, scale: jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, g(x, scale), (dx, scale)))
+        forward = lambda x, scale: jax.jvp(loss, (x, scale), (dx, scale))[1]
+        tangents = [jax.jvp(g, (x, scale), (dx, scale)) for g in (f, gradient, forward)]
+        return [gradient(x, scale), jax.grad(along(gradient))(x, scale), jax.grad(forward)(x, scale), tangents]
+
+    ours = derivatives(lambda x, scale: group_norm(x, 2, scale, epsilon=0.1))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10)
+    jax.tree.map(close, ours, derivatives(step_by_step))
+    assert group_norm(x[:0], 2).shape == (0, 3, 3, 4)

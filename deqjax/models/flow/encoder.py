@@ -1,12 +1,12 @@
 """From pictures to maps of an eighth of their size: of features to correlate, and of context."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from deqjax.core.annotations import Array, Float
 from deqjax.models.flow.layers import Conv, he_normal
 from deqjax.nn.batch_norm import BatchNorm
+from deqjax.nn.group_norm import group_norm
 
 
 class InstanceNorm(nnx.Module):
@@ -16,10 +16,7 @@ class InstanceNorm(nnx.Module):
     """
 
     def __call__(self, x: Float[Array, "B H W C"], *, train: bool = False) -> Float[Array, "B H W C"]:
-        values = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = values - jnp.mean(values, axis=(1, 2), keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=(1, 2), keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+        return group_norm(x, x.shape[-1]).astype(x.dtype)
 
 
 class ResidualBlock(nnx.Module):
