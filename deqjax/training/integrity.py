@@ -16,13 +16,18 @@ def described(tree) -> dict[str, list]:
     Computed where the arrays are, in whole numbers, so that it is the same on any mesh; any one word that changes changes it.
     """
     leaves = {"/".join(path): leaf for path, leaf in named_leaves(tree).items() if leaf.size}
-    sums = jax.device_get(_sums(leaves))
+    sums = jax.device_get(_sums({name: _words(leaf) for name, leaf in leaves.items()}))
     return {name: [str(leaf.dtype), list(leaf.shape), int(sums[name])] for name, leaf in leaves.items()}
 
 
 def changed(before: dict[str, list], now: dict[str, list]) -> list[str]:
     """The arrays that are not what they were; not those that are now of another dtype, or that were not there."""
     return [name for name, entry in now.items() if entry[0] == before.get(name, [None])[0] and entry != before[name]]
+
+
+def _words(x):
+    """NumPy arrays of 64 bits in words of 32, as `_sum` cuts them: JAX rounds them where it does not compute with 64."""
+    return x.reshape(-1).view(np.uint32).reshape(*x.shape, 2) if isinstance(x, np.ndarray) and x.dtype.itemsize == 8 else x
 
 
 @jax.jit

@@ -16,6 +16,7 @@ from deqjax.data.errors import DataError
 from deqjax.training import loop
 from deqjax.training.checkpoint import Checkpoints, committed_steps, load_params
 from deqjax.training.errors import UserError
+from deqjax.training.integrity import changed, described, sealed
 from tests.training.runs import assert_equal_states, lines, start, stopped, train
 from tests.training.tiny import TinyTask, get_config
 
@@ -89,11 +90,17 @@ def test_an_array_that_reads_well_but_is_another_is_noticed(tmp_path):
     meta = checkpoints.directory / "5" / "meta" / "metadata"
     content = json.loads(meta.read_text())
     content["arrays"]["params/linear/kernel"][2] ^= 4
-    from deqjax.training.integrity import sealed
-
     meta.write_text(json.dumps(sealed({k: v for k, v in content.items() if k != "seal"})))
     with pytest.raises(UserError, match="1 arrays are not what was written, params/linear/kernel for one"):
         load_params(tmp_path, 5)
+
+
+def test_arrays_of_64_bits_are_as_sound_where_jax_computes_with_32():
+    saved = {"x": np.asarray([[1 / 3, 1e300, -0.0]]), "n": np.asarray(2**40 + 1)}
+    written = described(jax.tree.map(jax.numpy.asarray, saved))
+    with jax.enable_x64(False):
+        assert described(saved) == written
+        assert changed(written, described(saved | {"n": np.asarray(2**41 + 1)})) == ["n"]
 
 
 @pytest.mark.parametrize("content", ["null", "[]", "{}", "1", '{"task": "tiny", "config": {}}'])
