@@ -277,7 +277,9 @@ def fill(shapes: Any, shardings: Any, values: dict, source: str) -> Any:
 
     def place(value, like, sharding):
         is_random_key = jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key)
-        return jax.device_put(value if is_random_key else np.asarray(value, like.dtype), sharding)
+        # Of an array that is spread over several processes, none has the whole.
+        is_spread = isinstance(value, jax.Array) and not value.is_fully_addressable
+        return jax.device_put(value if is_random_key or is_spread else np.asarray(value, like.dtype), sharding)
 
     return jax.tree.map(place, tree, shapes, shardings)
 

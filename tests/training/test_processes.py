@@ -42,9 +42,11 @@ def close(ours, expected):
 
 @pytest.mark.slow
 def test_two_processes_train_die_and_go_on(tmp_path):
-    """They compute what one does; SIGKILL of one of them costs nothing, SIGTERM to one saves in both."""
-    sizes = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "model")]
-    expected = train(tmp_path / "one")
+    """They compute what one does, from given weights; SIGKILL of one of them costs nothing, SIGTERM to one saves in both."""
+    weights = tmp_path / "kernel.npy"
+    np.save(weights, np.full((4, 1), 0.5))
+    sizes = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "model")] + [f"--config.init_from={weights}"]
+    expected = train(tmp_path / "one", init_from=str(weights))
     both = tmp_path / "two"
 
     processes = start_two(both, *sizes, "--config.sleep=0.3")

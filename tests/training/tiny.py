@@ -92,6 +92,9 @@ class TinyTask:
         batch = self.whole_batch(10_000 if split == "valid" else 20_000)
         return {"loss": float(jnp.mean((model(batch["x"]) - batch["y"]) ** 2)), "mean": float(model.mean[...])}
 
+    def import_checkpoint(self, path, model):
+        model.linear.kernel[...] = jnp.asarray(np.load(path), jnp.float32)
+
     def weights(self, model):
         return f"weights {np.asarray(model.linear.kernel[...]).shape}"
 
