@@ -29,6 +29,8 @@ def plot_convergence(stats: SolverStats, ax=None, *, mode: str = "rel", tol: flo
     trace_BN = np.asarray(getattr(stats, f"{mode}_trace"), np.float64)
     if not trace_BN.size:
         raise ValueError("these statistics have no trace: the solve took no steps.")
+    if not np.any(np.isfinite(trace_BN)):
+        raise ValueError("no residual of these statistics is finite: f gave NaN or infinity from the first step on.")
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

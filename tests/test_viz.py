@@ -31,6 +31,9 @@ def test_what_cannot_be_drawn_is_explained():
     stats = fixed_point(lambda z: z, jnp.zeros((2, 2)), solver=Picard(max_steps=3)).stats
     with pytest.raises(ValueError, match="mode='both'"):
         plot_convergence(stats, mode="both")
+    stats = fixed_point(lambda z: z, jnp.full((13, 2), jnp.nan), solver=Picard(max_steps=3)).stats
+    with pytest.raises(ValueError, match="no residual of these statistics is finite"):
+        plot_convergence(stats)
 
 
 @pytest.mark.parametrize("chosen, kept", [("module://matplotlib.backends.backend_svg", True), ("svg", False)])
