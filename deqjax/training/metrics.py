@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -63,8 +64,8 @@ class MetricWriter:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if start_step == 0 and path.exists():
-            os.replace(path, path.with_name("metrics.before.jsonl"))
+        if start_step == 0 and path.exists() and path.stat().st_size:
+            os.replace(path, _free_name(path))
         _keep_until(path, start_step)
         self._file = path.open("a", buffering=1)
         if tensorboard:
@@ -143,6 +144,12 @@ def read_log(path: Path) -> list[tuple[int, dict[str, float]]]:
 def _line(step: int, values: Mapping[str, float]) -> str:
     """JSON has no infinities, so numbers that are not finite are written as strings."""
     return json.dumps({"step": step} | {name: x if math.isfinite(x) else str(x) for name, x in values.items()}) + "\n"
+
+
+def _free_name(path: Path) -> Path:
+    """`metrics.before.jsonl`, or with a number if that is another log."""
+    names = (path.with_name(f"metrics.before{f'-{n}' if n else ''}.jsonl") for n in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _keep_until(path: Path, last: int) -> None:

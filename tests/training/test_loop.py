@@ -56,6 +56,13 @@ def test_the_log_outlives_its_checkpoints(tmp_path):
         entry["step"] for entry in before
     ]
     assert lines(tmp_path)[-1]["step"] == 5
+    # A log without a line is not worth keeping, one that was kept is not written over.
+    (tmp_path / "metrics.jsonl").write_text("")
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        train(tmp_path, steps=0)
+    kept = [path.read_text() for path in sorted(tmp_path.glob("metrics.before*"))]
+    assert len(kept) == 2 and kept[0].count('"step": 0') == 1 and kept[1].count('"step": 3') == 1
 
 
 def test_a_killed_process_resumes_bit_for_bit(unbroken, tmp_path):
