@@ -48,9 +48,12 @@ class Settings:
 
     @classmethod
     def read(cls, config: Mapping) -> "Settings":
-        """Raises UserError for a number that cannot be."""
-        if config.get("steps") is None:
-            raise UserError("The config lacks config.steps, the number of updates of the whole run.")
+        """Raises UserError for a number that is missing or cannot be."""
+        for name, what in (("steps", "the number of updates of the whole run"), ("seed", "of everything random")):
+            if config.get(name) is None:
+                raise UserError(f"The config lacks config.{name}, {what}.")
+        if not 0 <= config["seed"] < 2**32:
+            raise UserError(f"config.seed={config['seed']}: must be from 0 to {2**32 - 1}.")
         settings = cls(**{name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None})
         least = {"steps": 0, "log_every": 1, "eval_every": 0, "checkpoint_every": 0, "keep": 0, "patience": 0}
         least |= {"max_bad_steps": 0, "accumulate": 1}
