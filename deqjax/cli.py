@@ -48,11 +48,12 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
         from deqjax.training.compilation import kept_in
         from deqjax.training.processes import connect
 
-        if options.distributed or options.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS"):
-            connect(options.coordinator, options.num_processes, options.process_id)
+        given = options.coordinator, options.num_processes, options.process_id
+        if options.distributed or given != (None, None, None) or os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            connect(*given)
         with kept_in(options.workdir):
             _run_mode(make_task, options)
-    except (UserError, DataError) as error:
+    except (UserError, DataError, ImportError) as error:  # the last of a package that is an extra
         return _complain(str(error))
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or options.workdir}.")

@@ -25,6 +25,8 @@ CONFIG = "--config=tests/training/tiny.py"
         ([CONFIG, "--wrkdir=x"], "workdir"),
         ([CONFIG, "--mode=trian"], "train"),
         ([CONFIG, "stray"], "Stray argument 'stray'"),
+        ([CONFIG, "--config.seed=-1"], "config.seed=-1: must be from 0"),
+        ([CONFIG, "--process_id=1", "--num_processes=2"], "did not find each other"),
         ([CONFIG, "--config.width=0"], "width=0: must be positive"),
         ([CONFIG, "--config.mesh.data=3"], "8 devices"),
         ([CONFIG, "--config.optimizer.name=adm"], "did you mean 'adam'"),
@@ -53,6 +55,15 @@ def test_train_then_eval_then_a_mode_of_the_task(tmp_path, capsys):
     assert "valid: loss" in capsys.readouterr().out
     assert run(TinyTask, [*common, "--mode", "weights"]) == 0
     assert "weights (4, 2)" in capsys.readouterr().out
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, capsys):
+    class Task(TinyTask):
+        def data(self, split):
+            raise ImportError('reading pictures needs Pillow: pip install "deqjax[vision]"')
+
+    assert run(Task, ["tiny", CONFIG, f"--workdir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == 'Error: reading pictures needs Pillow: pip install "deqjax[vision]"\n'
 
 
 def test_a_section_of_options_takes_any():
