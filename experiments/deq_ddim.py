@@ -58,6 +58,7 @@ class DiffusionTask:
 
     name = "deq_ddim"
     modes = ("train", "sample", "invert", "eval", "compare", "export")
+    weights_transfer = True
     free_to_change = ("data.dir", "sampler", "sample", "invert", "eval", "compare", "out", "export_path")
 
     def __init__(self, config, splits=None):

@@ -47,6 +47,7 @@ class NodeTask:
 
     name = "ignn_nodes"
     modes = ("train", "eval", "export")
+    weights_transfer = True
 
     def __init__(self, config, splits: dict[str, list[Example]] | None = None):
         """Reads or generates the data that the config names, unless it is given.

@@ -37,6 +37,7 @@ class RepresentationTask:
     name = "deq_inr"
     modes = ("train", "eval", "export", "render")
     without_model = ("render",)
+    weights_transfer = True
     # Slices change the order of sums alone, and a run chooses their number by its memory.
     free_to_change = ("export_path", "export_dtype", "render", "data.memory_gib", "accumulate")
     count = 1

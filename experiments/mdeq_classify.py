@@ -53,6 +53,7 @@ class ClassificationTask:
 
     name = "mdeq_classify"
     modes = ("train", "eval", "anytime", "export")
+    weights_transfer = True
     free_to_change = ("data.dir", "data.threads", "data.ahead", "anytime", "export_path", "data.eval_batch_size")
 
     def __init__(self, config, splits: dict[str, ImageSet] | None = None):

@@ -55,6 +55,7 @@ class SegmentationTask:
 
     name = "mdeq_segment"
     modes = ("train", "eval", "anytime", "predict", "export")
+    weights_transfer = True
     free_to_change = (
         "data.dir",
         "data.threads",

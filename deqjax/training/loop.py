@@ -212,7 +212,7 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
 
 
 def evaluate(task: Task, config: Mapping, workdir) -> dict[str, float]:
-    """Evaluates the run's best checkpoint (else its latest, else `config.init_from`) on "valid" and "test".
+    """Evaluates the run's best checkpoint (else its latest, else `config.init_from`: see `trained_model`) on both splits.
 
     Returns:
       The metrics, under `valid/` and `test/`.

@@ -1,5 +1,6 @@
 """Where a run begins: at its own checkpoint, at another's, at given weights, or from scratch."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -94,7 +95,7 @@ def initialise_from(task: Task, config: Mapping, path: str, program: Program) ->
     if not Path(path).exists():
         raise UserError(f"config.init_from={path!r}: there is no such file or run.")
     if Path(path).is_dir():
-        return _inherit(task, config, program, path)
+        return _inherit(task, config, program, path, other_data=getattr(task, "weights_transfer", False))
     if not hasattr(task, "import_checkpoint"):
         raise UserError(f"config.init_from={path!r}: this task imports no files; give the --workdir of another run.")
     state = program.init()
@@ -107,10 +108,11 @@ def initialise_from(task: Task, config: Mapping, path: str, program: Program) ->
     return _with_weights(state, **fill(shapes, shardings, loaded, path))
 
 
-def _inherit(task: Task, config: Mapping, program: Program, workdir: str) -> TrainState:
-    """All parameters of another run, their average if it keeps one, and its statistics; not memories and random streams.
+def _inherit(task: Task, config: Mapping, program: Program, workdir: str, other_data: bool = False) -> TrainState:
+    """All parameters of a run, their average if it keeps one, and its statistics; not memories and random streams.
 
-    Taken from its best checkpoint that is sound. Statistics that it does not have stay as they are.
+    Taken from its best checkpoint that is sound. Statistics that it does not have stay as they are. With `other_data` it
+    does not matter what it was trained on.
     """
     checkpoints = Checkpoints(workdir, metric=config.get("best_metric", "loss"), mode=config.get("best_mode", "min"))
     state, saved = program.init(), None
@@ -121,7 +123,8 @@ def _inherit(task: Task, config: Mapping, program: Program, workdir: str) -> Tra
 
     for step in dict.fromkeys([*checkpoints.best_steps(), *checkpoints.steps()[::-1]]):
         try:
-            _check_data(checkpoints, step, meta(task, config))
+            if not other_data:
+                _check_data(checkpoints, step, meta(task, config))
             saved = load_arrays(workdir, wanted, step)
             break
         except DamagedCheckpoint as error:
@@ -146,19 +149,34 @@ def _with_weights(state: TrainState, params, variables) -> TrainState:
 
 
 def trained_model(task: Task, config: Mapping, workdir) -> nnx.Module:
-    """The model with the run's best weights, or else those of `config.init_from`; no optimiser, memory or clock.
+    """The model with the run's best weights, or those of `config.init_from`; no optimiser, memory or clock.
+
+    Where there are both, the run counts if it began with `config.init_from`: the command is then that of its training.
 
     Raises:
       UserError: there are none.
     """
     program = prepare(task, config, make_mesh(config.get("mesh")))
-    source = str(workdir) if committed_steps(workdir) else config.get("init_from")
-    if not source:
+    given, trained = config.get("init_from"), bool(committed_steps(workdir))
+    if trained and (not given or _began_with(workdir, given)):
+        return program.model(_inherit(task, config, program, str(workdir)))
+    if trained:
+        say(f"The run in {workdir} did not begin with config.init_from={given!r}: these weights are used, not the run's.")
+    if not given:
         raise UserError(
             f"There is no checkpoint in {Path(workdir).absolute()}. Train first (--mode train), or name the weights to use "
             "(--workdir of a finished run, or --config.init_from)."
         )
-    return program.model(initialise_from(task, config, source, program))
+    return program.model(initialise_from(task, config, given, program))
+
+
+def _began_with(workdir, path: str) -> bool:
+    """Whether a run was given these weights, or the path is the run's own."""
+    checkpoints, known = Checkpoints(workdir), [str(workdir)]
+    for step in checkpoints.steps():
+        with contextlib.suppress(DamagedCheckpoint):
+            known.append(checkpoints.meta(step)["config"].get("init_from"))
+    return Path(path).resolve() in [Path(name).resolve() for name in known if name]
 
 
 def _check_data(checkpoints: Checkpoints, step: int, now: dict) -> None:

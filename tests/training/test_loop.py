@@ -12,6 +12,7 @@ import pytest
 from deqjax.training import checkpoint, loop
 from deqjax.training.checkpoint import committed_steps, load_params
 from deqjax.training.errors import UserError
+from deqjax.training.start import trained_model
 from tests.training.runs import arrays, assert_equal_states, lines, start, train
 from tests.training.tiny import TinyTask, get_config
 
@@ -137,6 +138,34 @@ def test_weights_of_another_run_start_a_new_one(unbroken, tmp_path):
     np.testing.assert_array_equal(state.params["linear"]["kernel"][...], unbroken[0].params["linear"]["kernel"][...])
     assert float(state.variables["mean"][...]) == float(unbroken[0].variables["mean"][...])
     assert not np.any(state.variables["memory"][...]) and int(state.step) == 0
+
+
+def test_weights_that_are_asked_for_are_used_unless_the_run_began_with_them(unbroken, tmp_path, capsys):
+    np.save(tmp_path / "kernel.npy", np.ones((4, 1)))
+    config = get_config()
+
+    def kernel(workdir, init_from):
+        config.init_from = str(init_from)
+        return np.asarray(trained_model(TinyTask(config), config, workdir).linear.kernel[...])
+
+    assert np.all(kernel(unbroken[1], tmp_path / "kernel.npy") == 1)
+    assert f"The run in {unbroken[1]} did not begin with config.init_from=" in capsys.readouterr().out
+    begun = train(tmp_path / "run", init_from=str(tmp_path / "kernel.npy"), steps=1)
+    for path in (tmp_path / "kernel.npy", tmp_path / "run", ""):
+        np.testing.assert_array_equal(kernel(tmp_path / "run", path), begun.params["linear"]["kernel"][...])
+
+
+def test_weights_of_a_run_on_other_data_are_taken_where_they_are_of_use(unbroken, tmp_path, monkeypatch):
+    monkeypatch.setattr(TinyTask, "fingerprint", ["other", 1], raising=False)
+    with pytest.raises(UserError, match="made with other data"):
+        train(tmp_path, init_from=str(unbroken[1]), steps=0)
+    monkeypatch.setattr(TinyTask, "weights_transfer", True, raising=False)
+    state = train(tmp_path, init_from=str(unbroken[1]), steps=0)
+    np.testing.assert_array_equal(state.params["linear"]["kernel"][...], unbroken[0].params["linear"]["kernel"][...])
+    config = get_config()
+    for use in (loop.train, loop.evaluate):  # but such a run neither goes on nor is evaluated
+        with pytest.raises(UserError, match="made with other data"):
+            use(TinyTask(config), config, unbroken[1])
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(unbroken):
