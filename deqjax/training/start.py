@@ -32,7 +32,9 @@ def start(task: Task, config: Mapping, checkpoints: Checkpoints, program: Progra
     elif config.get("resume"):
         if not committed_steps(config["resume"]):
             raise UserError(f"config.resume={config['resume']!r} has no checkpoint; it must be the --workdir of a run.")
-        state, _ = _restore(task, config, Checkpoints(config["resume"]), program, allow_changes)
+        state, damaged = _restore(task, config, Checkpoints(config["resume"]), program, allow_changes)
+        for error in damaged:  # which stay where they are: that run is not this one's
+            say(str(error))
     elif config.get("init_from"):
         state = initialise_from(task, config, config["init_from"], program)
     else:

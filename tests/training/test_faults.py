@@ -62,6 +62,16 @@ def test_a_damaged_newest_checkpoint_makes_way_for_the_one_before(harm, unbroken
     assert (tmp_path / "damaged" / "5").is_dir()
 
 
+def test_a_run_that_goes_on_elsewhere_says_which_checkpoints_it_passed_over(unbroken, tmp_path, capsys):
+    stopped(tmp_path / "before", 5)
+    for path in files_of(tmp_path / "before" / "checkpoints" / "5"):
+        truncate(path)
+    capsys.readouterr()
+    assert_equal_states(train(tmp_path / "after", resume=str(tmp_path / "before")), unbroken[0])
+    assert "checkpoints/5 cannot be read" in " ".join(capsys.readouterr().out.split())
+    assert committed_steps(tmp_path / "before") == [4, 5]
+
+
 def test_no_single_flipped_bit_gets_into_a_run(unbroken, tmp_path, capsys):
     """In each file in turn: the run either notices, or goes on with exactly what was saved."""
     stopped(tmp_path, 5)
