@@ -29,6 +29,11 @@ def _order(seed, epoch, n_items):
     return order
 
 
+def _cores() -> int:
+    """How many this process may use; macOS and Windows do not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Prefetch:
     """A stream whose batches are made in background threads.
 
@@ -50,7 +55,7 @@ class Prefetch:
         threads: int | None = None,
         ahead: int = 2,
     ):
-        threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        threads = _cores() if threads is None else threads
         if threads < 0 or ahead < 1:
             raise ValueError(f"threads={threads} must be 0 or more, and ahead={ahead} 1 or more.")
         self._jobs, self._collate, self._ahead = jobs, collate, ahead

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -32,7 +33,8 @@ def peak_memory() -> float:
     """The most memory that one of this process's devices has used, in GiB; of a CPU, that the process has."""
     statistics = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [entry["peak_bytes_in_use"] for entry in statistics if "peak_bytes_in_use" in entry]
-    return (max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return (max(peaks) if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit) / 2**30
 
 
 def console_line(step, total, values, speed, items) -> str:

@@ -1,6 +1,7 @@
 """Image data: every published form, augmentations, damaged and unusual files, background threads."""
 
 import io
+import os
 import pickle
 import struct
 import tarfile
@@ -400,6 +401,11 @@ def test_the_next_batches_are_made_meanwhile_and_no_more():
     stream = Prefetch(jobs, stacked, threads=2, ahead=2)
     stream.batch(0)
     assert ready.wait(10) and sorted(set(begun)) == [0, 1, 2]
+
+
+def test_threads_do_without_what_only_linux_tells(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert len(Prefetch(numbered, stacked).batch(1)["x"]) == len(numbered(1))
 
 
 def test_what_a_thread_raises_reaches_the_caller():
