@@ -40,8 +40,10 @@ class ImageBatches:
         shard, shards: which of how many equal parts of each batch to give.
 
         Raises:
-          DataError: the set is smaller than a batch, or its images are not of 8 bits.
+          DataError: the set is smaller than a batch, its images are not of 8 bits, or the parts would not be equal.
         """
+        if batch_size % shards:
+            raise DataError(f"{shards} processes cannot share a batch of {batch_size} images evenly (data.batch_size).")
         if len(images) < batch_size:
             raise DataError(f"there are {len(images)} images, fewer than the {batch_size} of a batch (data.batch_size).")
         if len(images) and images[0].dtype != np.uint8:

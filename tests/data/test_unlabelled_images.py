@@ -43,6 +43,8 @@ def test_batches_are_epochs_of_every_image_and_shares_of_one_batch():
         ImageBatches(images, 11)
     with pytest.raises(DataError, match="float64 numbers: they must have 8 bits"):
         ImageBatches(images / 255, 4)
+    with pytest.raises(DataError, match="2 processes cannot share a batch of 5 images evenly"):
+        ImageBatches(images, 5, shards=2)
 
 
 def test_mirroring_is_of_half_the_images():

@@ -14,6 +14,8 @@ from configs import mdeq_cifar10, mdeq_cityscapes, mdeq_digits, mdeq_imagenet, m
 from deqjax.data.errors import DataError
 from deqjax.models.mdeq import MDEQConfig
 from deqjax.nn.config import DEQConfig
+from deqjax.training.errors import UserError
+from experiments import image_batches
 from experiments.image_batches import skipped
 from experiments.image_pictures import overlay, voc_palette
 from experiments.image_training import TRAINING, forward, jacobian_weight, regularises
@@ -321,3 +323,9 @@ def test_every_published_recipe_builds_its_task(module, variant):
     assert task.architecture.n_classes == {mdeq_cifar10: 10, mdeq_imagenet: 1000, mdeq_cityscapes: 19}[module]
     with pytest.raises(ValueError, match="no variant"):
         module.get_config("huge")
+
+
+def test_a_batch_that_processes_cannot_share_is_an_error(monkeypatch):
+    monkeypatch.setattr(image_batches, "process_share", lambda mesh: (0, 3))
+    with pytest.raises(UserError, match="batch_size=16: 3 processes cannot share that evenly"):
+        image_batches.chosen_rows(configured(mdeq_digits, DIGITS), 20, 0)
