@@ -7,6 +7,7 @@ then the file of the image.
 
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Sequence
 
@@ -84,11 +85,11 @@ def record_images(path: str | os.PathLike, n_classes: int) -> RecordImages:
         if not file.is_file():
             raise DataError(f"{file}: there is no such file. Expected are train.rec, train.idx, val.rec and val.idx (MXNet).")
     offsets = []
-    for number, line in enumerate(index.read_text().splitlines(), start=1):
-        fields = line.split("\t")
-        if len(fields) != 2 or not fields[1].strip().isdigit():
+    for number, line in enumerate(index.read_text(errors="replace").splitlines(), start=1):
+        found = re.fullmatch(r"[^\t]*\t *([0-9]{1,18}) *", line)
+        if not found:
             raise DataError(f"{index}, line {number}: expected a key, a tab and a byte offset, found {line[:60]!r}.")
-        offsets.append(int(fields[1]))
+        offsets.append(int(found[1]))
     if not offsets:
         raise DataError(f"{index} is empty.")
     return RecordImages(path, np.asarray(offsets, np.int64), tuple(map(str, range(n_classes))))

@@ -208,9 +208,10 @@ def test_damaged_records_are_named(tmp_path):
     (tmp_path / "a.idx").write_text("0\t4\n")
     with pytest.raises(DataError, match=r"no record begins at byte 4"):
         record_images(tmp_path / "a.rec", 10)[0]
-    (tmp_path / "a.idx").write_text("0 0\n")
-    with pytest.raises(DataError, match="line 1: expected a key"):
-        record_images(tmp_path / "a.rec", 10)
+    for content in (b"0 0\n", b"0\t\xff\n", b"0\t" + b"9" * 20 + b"\n"):
+        (tmp_path / "a.idx").write_bytes(content)
+        with pytest.raises(DataError, match="line 1: expected a key, a tab and a byte offset"):
+            record_images(tmp_path / "a.rec", 10)
     (tmp_path / "a.idx").unlink()
     with pytest.raises(DataError, match=r"a\.idx: there is no such file"):
         record_images(tmp_path / "a.rec", 10)
