@@ -19,7 +19,7 @@ from deqjax.data.errors import DataError
 EOS = "<eos>"
 UNK = "<unk>"
 SPLITS = ("train", "valid", "test")
-CACHE_VERSION = 1  # raise it when the encoding changes, so that older caches are not used
+CACHE_VERSION = 2  # raise it when the encoding changes, so that older caches are not used
 
 
 def _lines(path):
@@ -28,7 +28,7 @@ def _lines(path):
     Only `\\n`, `\\r` and `\\r\\n` end a line; the other line separators of Unicode (where `str.splitlines` ends it) part words.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # without the mark that some editors put in front
             for line in file:
                 yield line.split()
     except UnicodeDecodeError as error:

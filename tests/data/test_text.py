@@ -155,6 +155,12 @@ class TestCorpus:
         with pytest.raises(DataError, match=rf"{split}\.txt.*{match}"):
             TextCorpus.load(folder)
 
+    def test_a_mark_of_the_encoding_is_no_part_of_the_first_word(self, folder):
+        expected = TextCorpus.load(folder).vocab.tokens
+        text = (folder / "train.txt").read_text()
+        write(folder / "train.txt", f"\ufeff{text}".encode())
+        assert TextCorpus.load(folder).vocab.tokens == expected
+
     def test_unknown_word(self, folder):
         write(folder / "test.txt", "a\n\nb zebra\n")
         with pytest.raises(DataError, match=r"'zebra' in line 3 of .*test\.txt"):
