@@ -36,7 +36,8 @@ def fetch(
     if not missing:
         return directory
     if (directory / archive).is_file():
-        _unpack(directory / archive, directory, missing, checksum, url)
+        mend = f"Remove it to have it downloaded again from {url}."
+        _unpack(directory / archive, directory, missing, checksum, f"{directory / archive}", mend)
         return directory
     # Some servers refuse the agent that urllib names by default.
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0 (X11; Linux x86_64)"})
@@ -46,7 +47,8 @@ def fetch(
             with tempfile.NamedTemporaryFile(dir=directory, prefix=".download-", suffix=".zip") as file:
                 shutil.copyfileobj(response, file, 1 << 20)
                 file.flush()
-                _unpack(pathlib.Path(file.name), directory, missing, checksum, url)
+                mend = f"Try again, or put {archive} or its files into {directory}. {otherwise}"
+                _unpack(pathlib.Path(file.name), directory, missing, checksum, f"What came from {url}", mend)
     except (OSError, http.client.HTTPException) as error:  # no network, a refusal, a timeout, a full disk
         raise DataError(
             f"{directory} lacks {', '.join(missing)}, and {url} could not be downloaded ({error}). Put {archive} or its files "
@@ -55,27 +57,27 @@ def fetch(
     return directory
 
 
-def _unpack(path, directory, missing, checksum, url):
+def _unpack(path, directory, missing, checksum, what, mend):
     """Checks the archive and writes the missing files, each at once; files that exist are left alone."""
     if checksum is not None:
         algorithm, _, expected = checksum.partition(":")
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, algorithm).hexdigest()
         if digest != expected:
-            raise DataError(f"{path} is damaged or not the archive of {url}: {algorithm} {digest}, expected {expected}.")
+            raise DataError(f"{what} is damaged or another archive: {algorithm} {digest}, expected {expected}. {mend}")
     if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is damaged: it is no zip archive. Remove it to have it downloaded again from {url}.")
+        raise DataError(f"{what} is damaged: it is no zip archive. {mend}")
     try:
-        _extract(path, directory, missing)
+        _extract(path, directory, missing, what)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is damaged: {error}. Remove it to have it downloaded again from {url}.") from error
+        raise DataError(f"{what} is damaged: {error}. {mend}") from error
 
 
-def _extract(path, directory, missing):
+def _extract(path, directory, missing, what):
     with zipfile.ZipFile(path) as contents:
         places = {pathlib.PurePosixPath(name).name: name for name in contents.namelist()}
         if absent := [name for name in missing if name not in places]:
-            raise DataError(f"{path} lacks {', '.join(absent)}; it holds {', '.join(sorted(filter(None, places)))}.")
+            raise DataError(f"{what} lacks {', '.join(absent)}; it holds {', '.join(sorted(filter(None, places)))}.")
         for name in missing:
             temporary = directory / f".{name}.{os.getpid()}"
             try:

@@ -241,7 +241,7 @@ def test_an_archive_in_the_folder_serves_in_place_of_a_download(tmp_path, monkey
     with pytest.raises(DataError, match=r"lacks COX2_A\.txt; it holds COX2_graph_indicator\.txt"):
         tu("COX2", target)
     monkeypatch.setitem(tu_module.SETS, "COX2", (3, "sha256:" + "0" * 64))
-    with pytest.raises(DataError, match="damaged or not the archive"):
+    with pytest.raises(DataError, match=r"COX2\.zip is damaged or another archive.* Remove it"):
         tu("COX2", target)
     monkeypatch.setitem(tu_module.SETS, "COX2", (3, None))
     (target / "COX2.zip").write_text("not a zip")
@@ -255,6 +255,13 @@ def test_an_archive_in_the_folder_serves_in_place_of_a_download(tmp_path, monkey
     with pytest.raises(DataError, match=r"COX2\.zip is damaged: Bad CRC-32 .* Remove it"):
         tu("COX2", target)
     assert [path.name for path in target.iterdir()] == ["COX2.zip"]
+
+
+def test_a_download_that_is_cut_short_is_named_by_where_it_came_from(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **options: io.BytesIO(b"PK"))
+    with pytest.raises(DataError, match=r"What came from https?://.*ppi\.zip is damaged: it is no zip archive\. Try again, or"):
+        ppi(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_set_of_another_size_is_refused(tmp_path, monkeypatch):
