@@ -23,7 +23,7 @@ class ChainTask(NodeTask):
     """Node classification with a config that can be swept over chain lengths: to be trained, and nothing else."""
 
     modes = ("train",)
-    free_to_change = ("sweep",)
+    free_to_change = (*NodeTask.free_to_change, "sweep")
 
     def __init__(self, config):
         if config.data.name != "chains" or "sweep" not in config:

@@ -38,6 +38,7 @@ class GraphTask:
 
     name = "ignn_graphs"
     modes = ("train", "eval", "folds", "export")
+    free_to_change = ("data.dir", "export_path")
 
     def __init__(self, config, graph_set=None):
         """Reads or generates the data that the config names, unless it is given.
@@ -198,7 +199,7 @@ def cross_validate(argv, options) -> int:
     scores = []
     for fold in range(options.config.data.folds):
         folder = Path(options.workdir) / f"fold-{fold}"
-        status, score = finish(main, argv, folder, {"data.fold": fold}, "test/accuracy")
+        status, score = finish(main, argv, folder, {"data.fold": fold}, "test/accuracy", GraphTask.free_to_change)
         if score is None:
             return status  # the same command goes on from there
         scores.append(score)

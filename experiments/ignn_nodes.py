@@ -48,6 +48,7 @@ class NodeTask:
     name = "ignn_nodes"
     modes = ("train", "eval", "export")
     weights_transfer = True
+    free_to_change = ("data.dir", "export_path")
 
     def __init__(self, config, splits: dict[str, list[Example]] | None = None):
         """Reads or generates the data that the config names, unless it is given.

@@ -39,7 +39,7 @@ class RepresentationTask:
     without_model = ("render",)
     weights_transfer = True
     # Slices change the order of sums alone, and a run chooses their number by its memory.
-    free_to_change = ("export_path", "export_dtype", "render", "data.memory_gib", "accumulate")
+    free_to_change = ("data.dir", "export_path", "export_dtype", "render", "data.memory_gib", "accumulate")
     count = 1
 
     def __init__(self, config):

@@ -54,7 +54,8 @@ def test_chains_train_resume_evaluate_and_export(tmp_path, capsys):
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     assert ignn_nodes.main(command("ignn_chains.py", unbroken, CHAINS)) == 0
     assert ignn_nodes.main(command("ignn_chains.py", resumed, {**CHAINS, "steps": 2})) == 0
-    assert ignn_nodes.main(command("ignn_chains.py", resumed, CHAINS)) == 0
+    moved = {"data.dir": "elsewhere", "export_path": "other.safetensors"}
+    assert ignn_nodes.main(command("ignn_chains.py", resumed, {**CHAINS, **moved})) == 0
     keep = lambda entries: [e for e in entries if not any(k.startswith("test/") for k in e)]
     assert keep(lines(unbroken)) == keep(lines(resumed))
     trained = [e for e in lines(unbroken) if "train/loss" in e][-1]
