@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def draw(runs: dict[str, Curves]) -> bytes:
         for label, (steps, values) in lines.items():
             # A curve of few points, an evaluation say, would not be seen without them.
             axes.plot(steps, values, label=label, linewidth=1.2, marker="o" if len(steps) < 25 else None, markersize=3)
-        if logarithmic and any(value > 0 for _, values in lines.values() for value in values):
+        if logarithmic and any(0 < value < math.inf for _, values in lines.values() for value in values):
             axes.set_yscale("log")
         axes.set_title(title)
         axes.set_xlabel("step")
@@ -129,7 +130,8 @@ def _summary(curve) -> str:
     if curve is None:
         return ""
     steps, values = curve
-    return f"{values[-1]:.5g} (step {steps[-1]}); {min(values):.4g} to {max(values):.4g}"
+    numbers = [value for value in values if not math.isnan(value)] or values
+    return f"{values[-1]:.5g} (step {steps[-1]}); {min(numbers):.4g} to {max(numbers):.4g}"
 
 
 def _table(head, rows) -> str:

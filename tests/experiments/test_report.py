@@ -35,8 +35,13 @@ def test_runs_side_by_side_in_a_picture_and_one_page(tmp_path, capsys):
 
 def test_one_run_reports_into_its_own_directory(tmp_path):
     write(tmp_path / "run", 1.0)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(
+            '\n{"step": 210, "valid/error": "nan"}\n{"step": 220, "valid/error": 2.0}\n{"step": 230, "valid/error": 1.0}\n'
+        )
     assert main(["report", str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "report.html").exists()
+    # An evaluation that gave no number is neither the smallest nor the largest.
+    assert "<td>valid/error</td><td>1 (step 230); 1 to 2</td>" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("config", ["{torn", "[1]", "null"])
