@@ -130,6 +130,8 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
         raise UserError(_message(error)) from error
     if len(rest) > 1:
         raise UserError(f"Stray argument {rest[1]!r}: every option starts with --. {usage}")
+    if values.workdir == "":
+        raise UserError("--workdir is empty: name a directory (a dot is this one), or leave the option out.")
     if values.workdir is None:
         values.workdir = str(Path(default_workdir) / "_".join(filter(None, (Path(name).stem, variant.replace("/", "_")))))
     return values

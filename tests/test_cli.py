@@ -24,6 +24,7 @@ CONFIG = "--config=tests/training/tiny.py"
         ([CONFIG, "--config.steps=1.5"], "1.5"),
         ([CONFIG, "--wrkdir=x"], "workdir"),
         ([CONFIG, "--mode=trian"], "train"),
+        ([CONFIG, "--workdir="], "--workdir is empty"),
         ([CONFIG, "stray"], "Stray argument 'stray'"),
         ([CONFIG, "--config.seed=-1"], "config.seed=-1: must be from 0"),
         ([CONFIG, "--process_id=1", "--num_processes=2"], "did not find each other"),
