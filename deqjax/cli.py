@@ -168,8 +168,11 @@ def _check_overrides(argv, config) -> None:
             continue
         section, done = config, "config"
         for key in name.split(".")[1:]:
-            keys = list(section.keys()) if hasattr(section, "keys") else []
-            if key not in keys and equals and hasattr(section, "keys") and done.endswith("options"):
+            is_section = hasattr(section, "keys")
+            keys = list(section.keys()) if is_section else []
+            if key not in keys and is_section and done.endswith("options"):
+                if not equals:
+                    raise UserError(f"--{name}: an option that the config does not name is given as --{name}=VALUE.")
                 section[key] = _literal(value)
             elif key not in keys:
                 hint = did_you_mean(key, keys) or "."

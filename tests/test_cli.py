@@ -71,6 +71,8 @@ def test_a_section_of_options_takes_any():
     flags = ["memory=6", "reverse=true", "weights=slot"]
     argv = ["x", "--config=configs/ddim_digits.py", *(f"--config.sampler.options.{flag}" for flag in flags)]
     assert parse(argv).config.sampler.options.to_dict() == {"memory": 6, "reverse": True, "weights": "slot"}
+    with pytest.raises(UserError, match=r"is given as --config\.sampler\.options\.memory=VALUE"):
+        parse([*argv[:2], "--config.sampler.options.memory", "6"])
 
 
 def test_the_status_reaches_the_shell():
