@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,15 @@ class Checkpoints:
             raise UserError(f"Cannot keep checkpoints in {self.directory}: {_first_line(error)}.") from error
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
-        """Orbax's question after each save: the latest stay, and the best."""
+        """Orbax's question after each save."""
         steps = [info.step for info in checkpoints]
-        ranked = sorted((value, step) for step in steps if (value := self._values.get(step)) is not None)
-        kept = {*steps[-LATEST:], *(step for _, step in ranked[: self._keep])}
+        kept = self._kept(steps)
         return [step in kept for step in steps]
+
+    def _kept(self, steps) -> set[int]:
+        """The latest, and the best."""
+        ranked = sorted((value, step) for step in steps if (value := self._values.get(step)) is not None)
+        return {*steps[-LATEST:], *(step for _, step in ranked[: self._keep])}
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, in order."""
@@ -91,7 +96,7 @@ class Checkpoints:
         """Starts to save; an earlier checkpoint goes only after this one is committed.
 
         Args:
-          step: nothing is done if it is saved already; but one without an evaluation is replaced by one that has it.
+          step: nothing is done if it is saved already, but that an evaluation is added to one without.
           state: the training state.
           meta: to be kept beside it.
           evaluation: the metrics of the validation; None if there was none.
@@ -104,6 +109,9 @@ class Checkpoints:
             return
         if evaluation and self._metric in evaluation:
             self._values[step] = self._sign * evaluation[self._metric]
+        if again:
+            self._add_evaluation(step, state, meta | {"evaluation": evaluation})
+            return
         # The running sums are few and change with what a task reports, so they travel outside the checked structure.
         sums = {name: [float(x) for x in pair] for name, pair in jax.device_get(state.sums).items()}
         nested = to_nested_dict(state.replace(sums={}))
@@ -111,11 +119,27 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(nested), "meta": ocp.args.JsonSave(meta)}
         try:
             self._manager.wait_until_finished()
-            if again:
-                self._manager.delete(step)
             self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError, RuntimeError) as error:
             raise self._save_failed(error) from error
+
+    def _add_evaluation(self, step, state, meta) -> None:
+        """Only the metadata are written anew: this may be the one checkpoint that there is."""
+        best = {"best": float(state.best), "stale": int(state.stale)}
+        meta = {name: value for name, value in self.meta(step).items() if name != "seal"} | meta | best
+        agree(True)  # every process has read them
+        path = self._metadata(step)
+        temporary = path.with_name(f"{path.name}.tmp")
+        if jax.process_index() == 0:
+            try:
+                temporary.write_text(json.dumps(sealed(meta)))
+                os.replace(temporary, path)
+            except OSError as error:
+                raise self._save_failed(error) from error
+        steps = self.steps()
+        agree(True)  # and knows what is there
+        for other in set(steps) - self._kept(steps):
+            self._manager.delete(other)
 
     def wait(self) -> None:
         """Until everything is on disk. Raises UserError if it could not be written."""
@@ -127,14 +151,16 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """What was saved beside the state: task, config, fingerprint, evaluation. Raises DamagedCheckpoint."""
-        path = self.directory / str(step) / "meta" / "metadata"
         try:
-            meta = json.loads(path.read_text())
+            meta = json.loads(self._metadata(step).read_text())
             if not is_intact(meta):
                 raise ValueError("its metadata have changed since they were written")
         except (OSError, ValueError) as error:
             raise self._damaged(step, error) from error
         return meta
+
+    def _metadata(self, step) -> Path:
+        return self.directory / str(step) / "meta" / "metadata"
 
     def check_model(self, step: int, shapes: TrainState) -> dict:
         """The metadata of a step. Raises UserError if it is of another model than one with these shapes."""
@@ -166,7 +192,9 @@ class Checkpoints:
         # If the task reports other metrics than it did, they count from here.
         saved_sums = meta["sums"] if set(meta["sums"]) == set(sums) else dict.fromkeys(sums, (0.0, 0.0))
         place = lambda x, like: jax.device_put(np.asarray(x, like.dtype), shardings.step)  # noqa: E731
-        return state.replace(sums={name: tuple(map(place, saved_sums[name], sums[name])) for name in sums})
+        # What an evaluation found that was added later.
+        late = {name: place(meta[name], getattr(state, name)) for name in ("best", "stale") if name in meta}
+        return state.replace(sums={name: tuple(map(place, saved_sums[name], sums[name])) for name in sums}, **late)
 
     def load(self, step: int, wanted: Callable[[tuple[str, ...]], bool]) -> dict:
         """The leaves of a step whose path is wanted, as nested dicts of NumPy arrays. Raises DamagedCheckpoint."""

@@ -252,6 +252,22 @@ def test_validation_data_that_disappear_are_evaluated_later(step, unbroken, tmp_
     assert Checkpoints(tmp_path).best_steps() == Checkpoints(unbroken[1]).best_steps()
 
 
+def test_an_evaluation_that_comes_later_does_not_touch_the_only_weights(unbroken, tmp_path, monkeypatch):
+    def gone(*args, **options):
+        raise DataError("gone")
+
+    settings = {"eval_every": 0, "checkpoint_every": 0}
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="goes on from step 12"):
+        patch.setattr(TinyTask, "evaluate", gone)
+        train(tmp_path, **settings)
+    before = {path: path.read_bytes() for path in files_of(tmp_path / "checkpoints" / "12" / "state")}
+    evaluated = train(tmp_path, **settings)
+    assert before == {path: path.read_bytes() for path in before}
+    assert float(evaluated.best) == Checkpoints(tmp_path).meta(12)["evaluation"]["loss"]
+    assert all(path.stat().st_size for path in files_of(tmp_path / "checkpoints" / "12" / "meta"))
+    assert_equal_states(train(tmp_path, **settings), evaluated)
+
+
 def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path, capsys):
     stopped(tmp_path, 5)
     changed = {"optimizer.learning_rate": 0.1, "seed": 4, "log_every": 2}
