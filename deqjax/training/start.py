@@ -45,7 +45,7 @@ def start(task: Task, config: Mapping, checkpoints: Checkpoints, program: Progra
 
 def _restore(task: Task, config: Mapping, checkpoints: Checkpoints, program: Program, allow_changes: bool):
     """The newest sound checkpoint of this task, on this data, with this config; and the errors of newer ones."""
-    now = json.loads(json.dumps(meta(task, config), default=str))
+    now = _as_json(meta(task, config))
 
     def check(step):
         saved, where = checkpoints.meta(step), f"The checkpoint {checkpoints.directory / str(step)}"
@@ -97,7 +97,7 @@ def initialise_from(task: Task, config: Mapping, path: str, program: Program) ->
     if not Path(path).exists():
         raise UserError(f"config.init_from={path!r}: there is no such file or run.")
     if Path(path).is_dir():
-        return _inherit(task, config, program, path, other_data=getattr(task, "weights_transfer", False))
+        return _inherit(task, config, program, path)
     if not hasattr(task, "import_checkpoint"):
         raise UserError(f"config.init_from={path!r}: this task imports no files; give the --workdir of another run.")
     state = program.init()
@@ -110,11 +110,11 @@ def initialise_from(task: Task, config: Mapping, path: str, program: Program) ->
     return _with_weights(state, **fill(shapes, shardings, loaded, path))
 
 
-def _inherit(task: Task, config: Mapping, program: Program, workdir: str, other_data: bool = False) -> TrainState:
+def _inherit(task: Task, config: Mapping, program: Program, workdir: str, own: bool = False) -> TrainState:
     """All parameters of a run, their average if it keeps one, and its statistics; not memories and random streams.
 
-    Taken from its best checkpoint that is sound. Statistics that it does not have stay as they are. With `other_data` it
-    does not matter what it was trained on.
+    Taken from its best checkpoint that is sound. Statistics that it does not have stay as they are. The data must be those that
+    it was trained on, unless it is another run than this (`own`) and weights transfer.
     """
     checkpoints = Checkpoints(workdir, metric=config.get("best_metric", "loss"), mode=config.get("best_mode", "min"))
     state, saved = program.init(), None
@@ -125,7 +125,7 @@ def _inherit(task: Task, config: Mapping, program: Program, workdir: str, other_
 
     for step in dict.fromkeys([*checkpoints.best_steps(), *checkpoints.steps()[::-1]]):
         try:
-            if not other_data:
+            if own or not getattr(task, "weights_transfer", False):
                 _check_data(checkpoints, step, meta(task, config))
             saved = load_arrays(workdir, wanted, step)
             break
@@ -141,6 +141,11 @@ def _inherit(task: Task, config: Mapping, program: Program, workdir: str, other_
         return old if new is None or new.shape != old.shape else jax.device_put(np.asarray(new, old.dtype), old.sharding)
 
     say(f"Took the weights of step {step} from {workdir}.")
+    if own:  # what they are used with, where that is not what they were trained with
+        before = checkpoints.meta(step)["config"]
+        for text, allowed in changes(before, _as_json(meta(task, config)["config"]), getattr(task, "free_to_change", ())):
+            if not allowed:
+                say(f"  {text}")
     return _with_weights(state, params, jax.tree_util.tree_map_with_path(choose, state.variables))
 
 
@@ -161,7 +166,7 @@ def trained_model(task: Task, config: Mapping, workdir) -> nnx.Module:
     program = prepare(task, config, make_mesh(config.get("mesh")))
     given, trained = config.get("init_from"), bool(committed_steps(workdir))
     if trained and (not given or _began_with(workdir, given)):
-        return program.model(_inherit(task, config, program, str(workdir)))
+        return program.model(_inherit(task, config, program, str(workdir), own=True))
     if trained:
         say(f"The run in {workdir} did not begin with config.init_from={given!r}: these weights are used, not the run's.")
     if not given:
@@ -184,8 +189,7 @@ def _began_with(workdir, path: str) -> bool:
 def _check_data(checkpoints: Checkpoints, step: int, now: dict) -> None:
     """Refuses weights of the same task that were trained on other data, such as another vocabulary."""
     saved = checkpoints.meta(step)
-    # As JSON gives it back.
-    fingerprint = json.loads(json.dumps(now["fingerprint"]))
+    fingerprint = _as_json(now["fingerprint"])
     if saved["task"] == now["task"] and fingerprint is not None and saved["fingerprint"] != fingerprint:
         raise UserError(
             f"The checkpoint {checkpoints.directory / str(step)} was made with other data (its fingerprint differs). Choose "
@@ -201,6 +205,11 @@ def meta(task: Task, config: Mapping) -> dict:
         "config": resolved,
         "fingerprint": getattr(task, "fingerprint", None),
     }
+
+
+def _as_json(value):
+    """A value as a checkpoint gives it back."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def write_config(resolved: dict, workdir) -> None:

@@ -131,6 +131,11 @@ def test_a_finished_run_only_evaluates(unbroken, capsys):
     assert lines(unbroken[1]) == before
     config = get_config()
     assert loop.evaluate(TinyTask(config), config, unbroken[1])["test/loss"] == before[-1]["test/loss"]
+    assert "config." not in capsys.readouterr().out
+    config.steps, config.dropout = 13, 0.2
+    loop.evaluate(TinyTask(config), config, unbroken[1])
+    out = capsys.readouterr().out
+    assert "config.dropout was 0.1, is 0.2" in out and "config.steps" not in out
 
 
 def test_weights_of_another_run_start_a_new_one(unbroken, tmp_path):
