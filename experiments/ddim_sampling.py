@@ -1,8 +1,10 @@
 """Sampling as a config says: chain, solver and network, compiled once."""
 
 import functools
+import json
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,9 @@ from deqjax.models.ddim import (
 )
 from deqjax.training.console import say
 from deqjax.training.errors import UserError
+from deqjax.training.integrity import described
 from deqjax.training.mesh import batch_devices, batch_sharding, make_mesh, replicated
+from deqjax.training.start import changes
 from experiments.ddim_pictures import write_filmstrip, write_grid, write_heat_map
 
 METHODS = ("parallel", "sequential", "ddpm")
@@ -165,12 +169,16 @@ def sample(config, rates, model: UNet) -> str:
     """Samples `config.sample.n` images to files, those that are there already left alone, and makes the pictures.
 
     Image n is `samples/n.png`; what it was made of, and the image unrounded, is in `latents/n.npz` if asked for.
+
+    Raises:
+      UserError: those that are there are of other weights or settings.
     """
     c, out = config.sample, Path(config.out)
     folder, kept_latents = out / "samples", out / "latents"
     for needed in (folder, kept_latents) if c.save_latents else (folder,):
         needed.mkdir(parents=True, exist_ok=True)
     sampler = Sampler(config, rates, model)
+    _check_kept(folder, config, model)
     missing = [i for i in range(c.n) if not (folder / f"{i}.png").is_file()]
     calls, seconds, unsolved = [], 0.0, 0
     for start in range(0, len(missing), c.batch_size):
@@ -200,6 +208,31 @@ def sample(config, rates, model: UNet) -> str:
         f"{kept}{len(missing)} images in {folder}, {len(sampler.chain)} timesteps, {np.mean(calls):.1f} calls of the network "
         f"in sequence for each batch of {c.batch_size}, {seconds:.1f} s in all. Pictures: {', '.join(map(str, written))}."
     )
+
+
+def _check_kept(folder: Path, config, model: UNet) -> None:
+    """Notes beside a folder what its images are made of. Raises UserError if those that are there are of something else."""
+    record, (settings, weights) = folder.with_suffix(".json"), _origin(config, model)
+    if any(folder.glob("*.png")):
+        try:
+            before = json.loads(record.read_text())
+            said = [text for text, allowed in changes(before["settings"], settings, ("sampler.chunk",)) if not allowed]
+            said += ["the weights are others"] * (before["weights"] != weights)
+        except (OSError, ValueError, KeyError):
+            said = [f"there is no {record} that tells what they are made of"]
+        if said:
+            raise UserError(
+                f"{folder} holds images that do not go with these: {'; '.join(said)}. Give another config.out, or remove them."
+            )
+    record.write_text(json.dumps({"settings": settings, "weights": weights}))
+
+
+def _origin(config, model: UNet) -> tuple[dict, int]:
+    """What an image depends on beside its number: settings, as JSON gives them back, and a checksum of the weights."""
+    given = config.to_dict()
+    settings = {name: given[name] for name in ("model", "diffusion", "sampler", "dtype")}
+    weights = json.dumps(described(nnx.state(model, nnx.Param)), sort_keys=True)
+    return json.loads(json.dumps(settings)), zlib.crc32(weights.encode())
 
 
 def pictures(config, sampler: Sampler) -> list[Path]:

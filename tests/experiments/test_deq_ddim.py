@@ -77,6 +77,16 @@ def test_every_mode_does_what_it_says(trained, capsys):
     assert deq_ddim.main(command(trained, "--mode=sample")) == 0
     assert "2 images were there already. 1 images" in capsys.readouterr().out
     assert (out / "grid.png").read_bytes() == grid and len(list((out / "samples").iterdir())) == 3
+    # Images of another sampler or of other weights would not be told from these.
+    weights = out / "zeros.safetensors"
+    assert deq_ddim.main(command(trained, "--mode=export", export_path=weights)) == 0
+    write_checkpoint(weights, {name: 0 * array for name, array in read_checkpoint(weights).items()})
+    for other, words in (
+        ({"sampler.timesteps": 2}, "config.sampler.timesteps was 4, is 2"),
+        ({"init_from": weights}, "the weights are others"),
+    ):
+        assert deq_ddim.main(command(trained, "--mode=sample", **other)) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
 
     gradients = ("one_step", "implicit", "sequential")
     assert deq_ddim.main(command(trained, "--mode=invert", **{"invert.gradients": gradients})) == 0
