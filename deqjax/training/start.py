@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from deqjax.core.naming import leaf_path
+from deqjax.data.errors import DataError
 from deqjax.nn.variables import AdjointProbe
 from deqjax.training.checkpoint import Checkpoints, DamagedCheckpoint, committed_steps, fill, load_arrays
 from deqjax.training.console import say
@@ -114,7 +115,7 @@ def _inherit(task: Task, config: Mapping, program: Program, workdir: str, own: b
     """All parameters of a run, their average if it keeps one, and its statistics; not memories and random streams.
 
     Taken from its best checkpoint that is sound. Statistics that it does not have stay as they are. The data must be those that
-    it was trained on, unless it is another run than this (`own`) and weights transfer.
+    it was trained on; where weights transfer, only if it is this run (`own`) and there are data.
     """
     checkpoints = Checkpoints(workdir, metric=config.get("best_metric", "loss"), mode=config.get("best_mode", "min"))
     state, saved = program.init(), None
@@ -123,10 +124,17 @@ def _inherit(task: Task, config: Mapping, program: Program, workdir: str, own: b
     def wanted(path):
         return path[0] in ("params", "ema") or (path[0] == "variables" and kinds.get(path[1:]) == "own")
 
+    now, transfer = None, getattr(task, "weights_transfer", False)
+    if own or not transfer:
+        try:
+            now = meta(task, config)
+        except DataError:
+            if not transfer:
+                raise
     for step in dict.fromkeys([*checkpoints.best_steps(), *checkpoints.steps()[::-1]]):
         try:
-            if own or not getattr(task, "weights_transfer", False):
-                _check_data(checkpoints, step, meta(task, config))
+            if now:
+                _check_data(checkpoints, step, now)
             saved = load_arrays(workdir, wanted, step)
             break
         except DamagedCheckpoint as error:
@@ -143,7 +151,7 @@ def _inherit(task: Task, config: Mapping, program: Program, workdir: str, own: b
     say(f"Took the weights of step {step} from {workdir}.")
     if own:  # what they are used with, where that is not what they were trained with
         before = checkpoints.meta(step)["config"]
-        for text, allowed in changes(before, _as_json(meta(task, config)["config"]), getattr(task, "free_to_change", ())):
+        for text, allowed in changes(before, _as_json(_resolved(config)), getattr(task, "free_to_change", ())):
             if not allowed:
                 say(f"  {text}")
     return _with_weights(state, params, jax.tree_util.tree_map_with_path(choose, state.variables))
@@ -199,12 +207,15 @@ def _check_data(checkpoints: Checkpoints, step: int, now: dict) -> None:
 
 def meta(task: Task, config: Mapping) -> dict:
     """What a checkpoint says about itself."""
-    resolved = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     return {
         "task": getattr(task, "name", type(task).__name__),
-        "config": resolved,
+        "config": _resolved(config),
         "fingerprint": getattr(task, "fingerprint", None),
     }
+
+
+def _resolved(config: Mapping) -> dict:
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
 def _as_json(value):

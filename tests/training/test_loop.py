@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from deqjax.data.errors import DataError
 from deqjax.training import checkpoint, loop
 from deqjax.training.checkpoint import committed_steps, load_params
 from deqjax.training.errors import UserError
@@ -171,6 +172,16 @@ def test_weights_of_a_run_on_other_data_are_taken_where_they_are_of_use(unbroken
     for use in (loop.train, loop.evaluate):  # but such a run neither goes on nor is evaluated
         with pytest.raises(UserError, match="made with other data"):
             use(TinyTask(config), config, unbroken[1])
+
+    def absent(self):
+        raise DataError("no data here")
+
+    # Where there are none to compare with, such weights are of use all the same.
+    monkeypatch.setattr(TinyTask, "fingerprint", property(absent))
+    assert loop.evaluate(TinyTask(config), config, unbroken[1])["test/loss"] == lines(unbroken[1])[-1]["test/loss"]
+    monkeypatch.setattr(TinyTask, "weights_transfer", False)
+    with pytest.raises(DataError, match="no data here"):
+        loop.evaluate(TinyTask(config), config, unbroken[1])
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(unbroken):
