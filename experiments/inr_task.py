@@ -175,7 +175,8 @@ def values_on_grid(net: nnx.Module, shape, order: str, mesh, memory_gib: float =
     graph, state = nnx.split(net)
     parts = []
     for start, kept in chunks(total, rows):
-        x = coordinates(np.arange(start, start + rows), shape, order)
+        # In double precision, or the coordinates would not quite be those of training, which a sound's phases magnify.
+        x = coordinates(np.arange(start, start + rows), shape, order).astype(np.float64)
         x = (span[0] + (x + 1) / 2 * (span[1] - span[0])).astype(np.float32)
         parts.append(np.asarray(_values(graph, mesh, state, place_whole(mesh, {"x": x})["x"]))[kept])
     return np.concatenate(parts).reshape(*shape, -1)

@@ -15,6 +15,8 @@ from deqjax.data.errors import DataError
 from deqjax.data.images import pillow, read_image
 from deqjax.data.meshes import Mesh
 from deqjax.interop.inr_file import read_signals
+from deqjax.models.inr import INRConfig, representation
+from deqjax.nn.config import DEQConfig
 from deqjax.training import loop
 from deqjax.training.mesh import make_mesh
 from deqjax.training.state import named_leaves
@@ -212,6 +214,13 @@ def test_values_in_chunks_are_those_at_once():
     grids = [values_on_grid(model.signals.net, (7, 5), "xy", mesh, memory) for memory in (1.0, 1e-5)]
     np.testing.assert_allclose(*grids, atol=1e-6)
     assert [list(range(7))[start : start + 3][kept] for start, kept in chunks(7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_a_grid_is_drawn_at_the_very_coordinates_that_are_trained_on(monkeypatch):
+    monkeypatch.setattr("experiments.inr_task._values", lambda graph, mesh, state, x: x)
+    net = representation(INRConfig(n_in=1, n_out=1, n_hidden=4), DEQConfig(), nnx.Rngs(0))
+    drawn = values_on_grid(net, (3000,), "ij", make_mesh({"data": 1}, jax.devices()[:1]))
+    np.testing.assert_array_equal(drawn, coordinates(np.arange(3000), (3000,)))
 
 
 # Kinds of signals ----------------------------------------------------------------------------------------------------
