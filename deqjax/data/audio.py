@@ -24,7 +24,7 @@ def read_audio(path) -> tuple[np.ndarray, int]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             rate, samples = _wavfile().read(path)
-    except (ValueError, EOFError, struct.error, OSError, TypeError, UnboundLocalError) as error:
+    except (ValueError, EOFError, struct.error, OSError, TypeError, UnboundLocalError, ZeroDivisionError) as error:
         raise DataError(f"{path} is no WAV file that can be read ({error}).") from error
     if any("EOF prematurely" in str(warning.message) for warning in said) and not _streamed(path):
         raise DataError(f"{path} is cut off: it promises more samples than it has. Save or copy it again.")

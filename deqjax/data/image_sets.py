@@ -32,7 +32,7 @@ def image_set(name: str, directory, count: int = 100) -> np.ndarray:
     try:
         loaded = np.load(path, allow_pickle=False)
         array = loaded[key] if key else loaded.reshape(-1, 128, 128, 3)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # what a damaged archive, or one with the name of a plain array, raises has no end
         raise DataError(f"{path} cannot be read as the set {name!r}: {error}.") from error
     if array.ndim != 4 or array.shape[-1] != 3 or not array.size:
         raise DataError(f"{path} holds an array of shape {list(array.shape)}; pictures [S, H, W, 3] are needed.")

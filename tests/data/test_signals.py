@@ -65,6 +65,9 @@ def test_sound_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "cut.wav").write_bytes(whole[:100])
     with pytest.raises(DataError, match="cut off"):
         read_audio(tmp_path / "cut.wav")
+    (tmp_path / "cut.wav").write_bytes(whole[:32] + b"\0\0" + whole[34:])  # samples of no bytes
+    with pytest.raises(DataError, match="no WAV"):
+        read_audio(tmp_path / "cut.wav")
     # Who writes into a pipe cannot know how many there will be.
     (tmp_path / "piped.wav").write_bytes(whole[:4] + b"\xff" * 4 + whole[8:40] + b"\xff" * 4 + whole[44:])
     assert read_audio(tmp_path / "piped.wav")[0].shape == (50,)
@@ -141,6 +144,13 @@ def test_published_sets_are_read_or_said_to_be_missing(tmp_path):
     np.savez(tmp_path / "data_2d_text.npz", other=pictures)
     with pytest.raises(DataError, match="cannot be read"):
         image_set("text", tmp_path)
+    np.savez_compressed(tmp_path / "data_div2k.npz", test_data=pictures.astype(np.uint8))
+    whole = (tmp_path / "data_div2k.npz").read_bytes()
+    np.save(tmp_path / "array.npy", pictures)
+    for content in (whole[:-100], whole[:5000] + b"damage" + whole[5006:], (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "data_div2k.npz").write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            image_set("nature", tmp_path)
     np.save(tmp_path / "celeba_128_tiny.npy", np.full_like(pictures, np.nan))
     with pytest.raises(DataError, match="outside 0 to 255"):
         image_set("celeba", tmp_path)

@@ -176,10 +176,11 @@ def test_files_that_hold_no_signal_are_named(tmp_path):
     config.export_path = str(tmp_path / "cut.inr")
     task.export(task.model(nnx.Rngs(0)))
     whole = (tmp_path / "cut.inr").read_bytes()
-    (tmp_path / "bad.inr").write_bytes(whole[: len(whole) // 2])
-    config.export_path = str(tmp_path / "bad.inr")
-    with pytest.raises(DataError, match="damaged"):
-        SignalTask(config).render()
+    config.export_path, header = str(tmp_path / "bad.inr"), whole.index(b"header.npy")
+    for damaged in (whole[: len(whole) // 2], whole[: header + 40] + b"damage" + whole[header + 46 :]):
+        (tmp_path / "bad.inr").write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged"):
+            SignalTask(config).render()
     config.export_path, config.render.shape = str(tmp_path / "cut.inr"), (4,)
     with pytest.raises(DataError, match="2 axes"):
         SignalTask(config).render()
