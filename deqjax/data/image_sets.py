@@ -38,4 +38,6 @@ def image_set(name: str, directory, count: int = 100) -> np.ndarray:
         raise DataError(f"{path} holds an array of shape {list(array.shape)}; pictures [S, H, W, 3] are needed.")
     if not np.all(np.isfinite(array)) or array.min() < 0 or array.max() > 255:
         raise DataError(f"{path} holds numbers outside 0 to 255.")
+    if array.dtype.kind == "f" and array.max() <= 1:
+        raise DataError(f"{path} holds numbers from 0 to 1, which would be black pictures; save it with 0 to 255.")
     return array[:count]

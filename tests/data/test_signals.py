@@ -154,6 +154,9 @@ def test_published_sets_are_read_or_said_to_be_missing(tmp_path):
     np.save(tmp_path / "celeba_128_tiny.npy", np.full_like(pictures, np.nan))
     with pytest.raises(DataError, match="outside 0 to 255"):
         image_set("celeba", tmp_path)
+    np.save(tmp_path / "celeba_128_tiny.npy", pictures / 255)
+    with pytest.raises(DataError, match="from 0 to 1"):
+        image_set("celeba", tmp_path)
 
 
 # Shapes --------------------------------------------------------------------------------------------------------------
