@@ -73,6 +73,9 @@ class VideoWriter:
     """Frames `[H, W, 3]` of 8 bits, one after the other, as H.264 at so many a second; odd sides lose a row or column.
 
     A file appears with the first frame.
+
+    Raises:
+      DataError: a side has one pixel, of which nothing would be left.
     """
 
     def __init__(self, path, rate: float):
@@ -80,6 +83,8 @@ class VideoWriter:
 
     def add(self, frame: np.ndarray) -> None:
         av, (H, W, _) = pyav(), frame.shape
+        if min(H, W) < 2:
+            raise DataError(f"{self.path}: a video needs 2 x 2 pixels at least, not {H} x {W}.")
         if self._container is None:
             self._container = av.open(str(self.path), "w")
             self._stream = self._container.add_stream("libx264", rate=Fraction(self._rate).limit_denominator(1001))

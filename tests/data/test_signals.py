@@ -102,6 +102,8 @@ def test_a_video_survives_a_file_nearly(tmp_path):
         read_video(tmp_path / "bad.mp4")
     with pytest.raises(DataError, match="are no video"):
         waves(0)
+    with pytest.raises(DataError, match="not 64 x 1"):
+        write_video(tmp_path / "line.mp4", frames[:, :, :1] / 255, 10)
 
 
 def test_a_video_stands_upright_whatever_the_camera_did(tmp_path):
