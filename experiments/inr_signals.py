@@ -37,6 +37,8 @@ class SignalTask(RepresentationTask):
         for name, least in (("step", 1), ("count", 1), ("rate", 1), ("seconds", 0), ("frames", 0)):
             if not data[name] >= least:
                 raise ValueError(f"data.{name}={data[name]}: must be {least} or more.")
+        if config.warm_start_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f'warm_start_dtype={config.warm_start_dtype!r}: must be "float32", "bfloat16" or "float16".')
         if data.channels not in (0, 1, 3):
             raise ValueError(f"data.channels={data.channels}: must be 1 (grey), 3 (colour) or 0 (as the picture is).")
         if data.generalize and data.kind != "image":

@@ -1,6 +1,7 @@
 """What all implicit representations have in common: the model, its files, and values at any number of coordinates."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -60,8 +61,10 @@ class RepresentationTask:
             ("resolve_every", config.resolve_every, 0),
             ("render.scale", config.render.scale, 1e-3),
         ):
-            if not value >= least:  # NaN is refused, too
-                raise ValueError(f"{name}={value}: must be {least} or more.")
+            if not least <= value < math.inf:  # NaN is refused, too
+                raise ValueError(f"{name}={value}: must be a number, {least} or more.")
+        if any(not isinstance(n, int) for n in config.render.shape):
+            raise ValueError(f"render.shape={tuple(config.render.shape)}: must be whole numbers, one for each axis.")
 
     # Subclasses ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +149,7 @@ class RepresentationTask:
         options = self.config.render
         networks, about = read_signals(self.config.export_path)
         own = tuple(about["shape"])
-        shape = tuple(int(n) for n in options.shape) or scaled_shape(own, options.scale, about["kind"])
+        shape = tuple(options.shape) or scaled_shape(own, options.scale, about["kind"])
         if len(shape) != len(own) or min(shape) < 1:
             raise DataError(f"render.shape={shape}: this signal has {len(own)} axes, {own} samples of its own.")
         mesh, written = make_mesh(self.config.get("mesh")), []
