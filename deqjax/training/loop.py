@@ -56,7 +56,8 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
         axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
         say(parameter_overview(program.shapes.params, program.shardings.params))
         say(f"Devices: {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}), {jax.process_count()} process(es)")
-        say(f"Batch: {rows} in all, {rows // batch_devices(mesh)} per device, in {settings.accumulate} slice(s)")
+        slices = Settings.read(config).accumulate  # the task may have chosen it, for the memory that its batches take
+        say(f"Batch: {rows} in all, {rows // batch_devices(mesh)} per device, in {slices} slice(s)")
         say(f"Working directory: {Path(workdir).absolute()}")
 
         # Restore: own checkpoint > resume > initialise from > scratch ------------------------------------------------
