@@ -93,7 +93,7 @@ def draw_slices(path: Path, values: np.ndarray, level: float = 0.0, count: int =
 
 
 def draw_curve(workdir: Path, metric: str) -> None:
-    """A validation metric against steps, from the run's log, to `<metric>.png`."""
+    """A validation metric against steps, from the run's log, to `<metric>.png` (slashes are hyphens)."""
     entries = [
         (step, values[f"valid/{metric}"]) for step, values in read_log(workdir / "metrics.jsonl") if f"valid/{metric}" in values
     ]
@@ -105,5 +105,5 @@ def draw_curve(workdir: Path, metric: str) -> None:
     ax.plot(*zip(*entries, strict=True), marker=".")
     ax.set_xlabel("steps")
     ax.set_ylabel(f"{metric} (dB)" if metric == "psnr" else metric)
-    figure.savefig(workdir / f"{metric}.png", dpi=120, bbox_inches="tight")
+    figure.savefig(workdir / f"{metric.replace('/', '-')}.png", dpi=120, bbox_inches="tight")
     plt.close(figure)

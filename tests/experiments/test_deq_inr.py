@@ -134,7 +134,8 @@ def test_slices_come_by_themselves_when_memory_is_short_and_change_nothing(tmp_p
     config = configured(steps=3, eval_every=0)
     config.data.memory_gib = 2e-5
     _, short, _ = trained(tmp_path / "short", config)
-    assert config.accumulate > 1 and "the gradient is added up" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert config.accumulate > 1 and "the gradient is added up" in out and f"in {config.accumulate} slice(s)" in out
     for path, leaf in named_leaves(whole.params).items():
         np.testing.assert_allclose(named_leaves(short.params)[path], leaf, atol=2e-5, err_msg="/".join(path))
 
@@ -248,10 +249,11 @@ SHAPE = {"data__batch_size": 64, "data__eval_points": 50, "data__grid": 8, "mode
 
 def test_an_inside_is_learned_and_drawn(tmp_path):
     settings = SHAPE | {"data__eval_points": 400, "optimizer__learning_rate": 1e-2, "data__name": "sphere"}
-    _, _, log = trained(tmp_path, configured("inr_occupancy.py", **settings, steps=100, eval_every=100), make=deq_inr.make_task)
+    settings |= {"steps": 100, "eval_every": 100, "best_metric": "hard/iou"}
+    _, _, log = trained(tmp_path, configured("inr_occupancy.py", **settings), make=deq_inr.make_task)
     losses = [entry["train/loss"] for entry in log if "train/loss" in entry]
     assert log[-1]["test/loss"] < 0.5 * losses[0] and 0 <= log[-1]["test/hard/iou"] <= 1
-    assert (tmp_path / "slices.png").is_file()
+    assert (tmp_path / "slices.png").is_file() and (tmp_path / "hard-iou.png").is_file()
 
 
 def test_an_inside_of_a_mesh_is_learned_in_its_own_box(tmp_path):
