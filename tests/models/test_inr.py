@@ -94,7 +94,10 @@ def test_the_explicit_network_is_the_equilibriums_first_step():
         np.testing.assert_array_equal(explicit(X).values[-1], first)
 
 
-@pytest.mark.parametrize("setting", [{"network": "mlp"}, {"filter": "relu"}, {"n_hidden": 0}, {"input_scale": float("nan")}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"network": "mlp"}, {"filter": "relu"}, {"n_hidden": 0}, {"input_scale": float("nan")}, {"linear_output": False}],
+)
 def test_a_setting_that_cannot_be_is_named(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         model(**setting)

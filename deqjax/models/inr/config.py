@@ -27,7 +27,8 @@ class INRConfig:
         alpha / (L + 1), those of the first filter with 6 / (L + 1)).
       omega: factor inside the hidden sines of a SIREN.
       n_features, feature_scale: number and standard deviation of the random frequencies of Fourier features.
-      linear_output: no sine after the last layer of an explicit network. None takes the network's own: only "ffn" has one.
+      linear_output: no sine after the last layer of "siren" or "ffn"; None takes the network's own: only "ffn" has one. The
+        others are always linear.
       dtype: of the products with hidden weights during a solve, e.g. "bfloat16"; None is the parameters' own. Coordinates and
         filters always have the parameters' precision: their phases reach thousands of radians.
       init_power_iters: power iterations of spectral normalisation before training.
@@ -59,6 +60,8 @@ class INRConfig:
         for name in ("input_scale", "gabor_alpha", "omega", "feature_scale"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)}: must be a positive number.")
+        if self.linear_output is False and self.network not in ("siren", "ffn"):
+            raise ValueError(f"linear_output=False: only 'siren' and 'ffn' have a sine at their end, not {self.network!r}.")
         if self.init_power_iters < 0:
             raise ValueError(f"init_power_iters={self.init_power_iters}: must be 0 or more.")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
