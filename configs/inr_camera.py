@@ -54,7 +54,7 @@ def base() -> ml_collections.ConfigDict:
     config.data.dir = "data/inr"  # of the published sets
     config.data.count = 1  # pictures of a set, all fitted at once
     config.data.step = 2  # take every so-manieth sample along each axis
-    config.data.channels = 0  # 1: grey; 0: as they are
+    config.data.channels = 0  # of pictures and video; 1: grey; 3: colour; 0: as they are
     config.data.generalize = False  # train on every other pixel of every other row, test on those between
     config.data.seconds = 0.0  # of sound; 0: all
     config.data.rate = 8000  # of the computed melody

@@ -90,11 +90,7 @@ def _image(data):
         pictures = np.rint(loaded).astype(np.uint8)
     else:
         pictures = photograph(data.name)[None]
-    pictures = pictures[:, :: data.step, :: data.step]
-    if data.channels == 1 and pictures.shape[-1] == 3:
-        luma = pictures @ np.array([0.299, 0.587, 0.114])
-        pictures = np.rint(luma).astype(pictures.dtype)[..., None]
-    return pictures, 0
+    return _with_channels(pictures[:, :: data.step, :: data.step], data.channels), 0
 
 
 def _audio(data):
@@ -126,4 +122,12 @@ def _video(data):
                 "needs no file, and takes any video by --config.data.path."
             )
         frames, rate = read_video(path, data.frames)
-    return frames[None, :, :: data.step, :: data.step], rate
+    return _with_channels(frames[None, :, :: data.step, :: data.step], data.channels), rate
+
+
+def _with_channels(pictures, channels):
+    """Colour as its luma for one channel, grey repeated for three; as they are for 0."""
+    if channels == 1 and pictures.shape[-1] == 3:
+        luma = pictures @ np.array([0.299, 0.587, 0.114])
+        return np.rint(luma).astype(pictures.dtype)[..., None]
+    return np.repeat(pictures, 3, axis=-1) if channels == 3 and pictures.shape[-1] == 1 else pictures

@@ -41,6 +41,8 @@ class SignalTask(RepresentationTask):
             raise ValueError(f'warm_start_dtype={config.warm_start_dtype!r}: must be "float32", "bfloat16" or "float16".')
         if data.channels not in (0, 1, 3):
             raise ValueError(f"data.channels={data.channels}: must be 1 (grey), 3 (colour) or 0 (as the picture is).")
+        if data.channels and data.kind == "audio":
+            raise ValueError(f"data.channels={data.channels} is of pictures and video; of sound the mean of all is fitted.")
         if data.generalize and data.kind != "image":
             raise ValueError("data.generalize holds out pixels of pictures; data.kind must be 'image'.")
         if config.warm_start and config.model.network == "deq":

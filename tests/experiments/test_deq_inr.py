@@ -385,6 +385,15 @@ def test_pictures_of_every_mode_are_signals(tmp_path, mode):
     assert np.all(np.abs(batch["target"]) <= 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "signal"), [("inr_camera.py", "camera"), ("inr_camera.py", "astronaut"), ("inr_video.py", "waves")]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_and_videos_have_the_channels_asked_for(name, signal, channels):
+    task = SignalTask(configured(name, data__name=signal, data__channels=channels, data__frames=2))
+    assert task.signal.raw.shape[-1] == channels and task.signal.raw.dtype == np.uint8
+
+
 # The table -----------------------------------------------------------------------------------------------------------
 
 
