@@ -45,7 +45,7 @@ class SignalTask(RepresentationTask):
             raise ValueError(f"data.channels={data.channels} is of pictures and video; of sound the mean of all is fitted.")
         if data.generalize and data.kind != "image":
             raise ValueError("data.generalize holds out pixels of pictures; data.kind must be 'image'.")
-        if config.warm_start and config.model.network == "deq":
+        if self.keeps_states:
             if self.deq.core == "indexing" or self.deq.indexing:
                 raise ValueError("a step that begins warm has no solve to sample: deq.core='indexing' needs warm_start=False.")
             if self.deq.f_max_iter == 0:
@@ -66,6 +66,11 @@ class SignalTask(RepresentationTask):
     @property
     def architecture(self) -> INRConfig:
         return INRConfig(n_in=len(self.signal.shape), n_out=self.signal.raw.shape[-1], **self.config.model)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether training keeps the states of every coordinate; an explicit network has none."""
+        return self.config.warm_start and self.config.model.network == "deq"
 
     @property
     def fingerprint(self) -> str:
@@ -109,9 +114,9 @@ class SignalTask(RepresentationTask):
     def dealt(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Which sample is in which row of which batch, `[R, K]`, and the rows' weights: 0 of those that only fill up.
 
-        With warm starts the samples are dealt once, so that a batch meets its own states again; else anew in every epoch.
+        Where states are kept the samples are dealt once, so that a batch meets its own again; else anew in every epoch.
         """
-        return self._dealt(0 if self.config.warm_start else epoch)
+        return self._dealt(0 if self.keeps_states else epoch)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (one task per process)
     def _dealt(self, epoch):
@@ -137,7 +142,7 @@ class SignalTask(RepresentationTask):
 
     def new_warm_start(self) -> WarmStart | None:
         config = self.config
-        if not (config.warm_start and config.model.network == "deq"):
+        if not self.keeps_states:
             return None
         rows, blocks = self.layout_of_batches
         dtype = jnp.dtype(config.warm_start_dtype)

@@ -85,9 +85,11 @@ def settings(name: str, siren_scale: float) -> dict:
         raise ValueError(f"table.networks: {name!r} is not [DEQ-](siren_like|fourier|gabor)-(L)L(D)D, siren-.. or ffn-..")
     explicit = match["kind"] in ("siren", "ffn")
     chosen = {"model.network": match["kind"] if explicit else "deq" if match["deq"] else "one_pass"}
-    chosen |= {"model.n_layers": int(match["L"]), "model.n_hidden": int(match["D"]), "warm_start": bool(match["deq"])}
+    chosen |= {"model.n_layers": int(match["L"]), "model.n_hidden": int(match["D"])}
     if not explicit:
         chosen["model.filter"] = match["kind"]
+    if not match["deq"]:
+        chosen["warm_start"] = False
     if match["kind"] == "siren":
         chosen["model.input_scale"] = siren_scale
     return chosen

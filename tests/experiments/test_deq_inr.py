@@ -96,16 +96,16 @@ def test_the_warm_quality_is_never_reported_alone(tmp_path):
         assert (tmp_path / name).stat().st_size > 0, name
 
 
-def test_an_epoch_visits_every_coordinate_once_and_with_warm_starts_always_in_the_same_batch():
-    for warm in (True, False):
-        task = SignalTask(configured(data__batch_size=24, warm_start=warm), picture())
-        epochs = []
-        for epoch in range(2):
-            batches = [task.batch(3 * epoch + k) for k in range(3)]
-            counted = np.concatenate([b["x"][b["weight"] > 0] for b in batches])
-            assert len(counted) == len(np.unique(counted, axis=0)) == 64
-            epochs.append({int(b["block"]): b["x"].tobytes() for b in batches})
-        assert (epochs[0] == epochs[1]) == warm
+@pytest.mark.parametrize(("network", "warm_start"), [("deq", True), ("deq", False), ("one_pass", True)])
+def test_an_epoch_visits_every_coordinate_once_and_with_states_always_in_the_same_batch(network, warm_start):
+    task = SignalTask(configured(data__batch_size=24, warm_start=warm_start, model__network=network), picture())
+    epochs = []
+    for epoch in range(2):
+        batches = [task.batch(3 * epoch + k) for k in range(3)]
+        counted = np.concatenate([b["x"][b["weight"] > 0] for b in batches])
+        assert len(counted) == len(np.unique(counted, axis=0)) == 64
+        epochs.append({int(b["block"]): b["x"].tobytes() for b in batches})
+    assert (epochs[0] == epochs[1]) == (task.new_warm_start() is not None)
 
 
 def test_batches_are_the_same_on_any_number_of_devices_and_none_is_empty(monkeypatch):
@@ -399,11 +399,12 @@ def test_pictures_and_videos_have_the_channels_asked_for(name, signal, channels)
 
 def test_the_table_has_a_line_for_every_network_and_goes_on_where_it_was(tmp_path, capsys):
     command = ["inr_table", f"--config={ROOT}/configs/inr_camera.py", f"--workdir={tmp_path}", "--config.steps=2"]
-    command += ["--config.data.step=64", "--config.eval_every=0", "--config.table.networks=('DEQ-gabor-1L8D', 'siren-2L6D')"]
+    command += ["--config.warm_start=false", "--config.data.step=64", "--config.eval_every=0"]
+    command += ["--config.table.networks=('DEQ-gabor-1L8D', 'siren-2L6D')"]
     for _ in range(2):
         assert inr_table.main(command) == 0
     out = capsys.readouterr().out
-    assert out.count("Starting from scratch") == 2
+    assert out.count("Starting from scratch") == 2 and "psnr_warm" not in out  # as the command says
     rows = [line for line in out.splitlines() if line.startswith("| ")][-2:]
     assert rows[0].startswith("| DEQ-gabor-1L8D | 185 |") and rows[1].startswith("| siren-2L6D | 67 |")
     assert inr_table.main([*command, "--config.table.networks=('relu-1L2D',)"]) == 2
