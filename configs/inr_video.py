@@ -33,8 +33,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.warm_start = False
         inr_camera.preset(config, variant, "configs/inr_video.py")
         config.optimizer.clip_value = 0.1
-        wide = config.model.n_hidden == 1024 and config.model.n_layers == 1
-        config.model.input_scale = 128.0 if wide or config.model.filter == "siren_like" else 256.0
+        low = config.model.n_layers == 1 and (config.model.n_hidden == 1024 or config.model.filter == "siren_like")
+        config.model.input_scale = 128.0 if low else 256.0
         if variant.startswith("original/"):
             inr_camera.original(config, spectral=False)
         else:
