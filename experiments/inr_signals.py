@@ -217,19 +217,19 @@ class SignalTask(RepresentationTask):
                 batch["frame"] = self._frame(index[chosen])
                 batch = place_whole(mesh, batch)
                 results.append(self._evaluate_chunk(graph, block is not None, state, batch, start, block or 0))
-        counts, errors, maxima = 0, {}, {}
-        for count, squared, largest, metrics in jax.device_get(results):
-            counts = counts + count
-            errors = {name: errors.get(name, 0) + value for name, value in squared.items()}
+        errors, maxima = {}, {}
+        for squared, largest, metrics in jax.device_get(results):
+            errors = {name: errors.get(name, 0) + np.asarray(value) for name, value in squared.items()}
             maxima = {name: max(maxima.get(name, 0.0), float(value)) for name, value in largest.items()}
             sums.add(metrics)
         report, means = {}, sums.means()
         if "warm/gap" not in means:
-            for forgotten in (errors, maxima):
-                forgotten.pop("psnr_warm", None), forgotten.pop("warm/gap_max", None)
-        for name, value in errors.items():
-            each = psnr(value / counts[:, None])
-            report |= {name: float(np.mean(each))} | ({f"{name}_std": float(np.std(each))} if each.size > 1 else {})
+            maxima.pop("warm/gap_max", None)
+        for name, (count, *signals) in errors.items():
+            # Without states that training has left there is no quality of theirs.
+            each = psnr(np.stack(signals)[:, count > 0] / count[count > 0])
+            if each.size:
+                report |= {name: float(np.mean(each))} | ({f"{name}_std": float(np.std(each))} if each.size > 1 else {})
         if self.signal.kind == "audio":
             report["snr"] = report["psnr"] - float(psnr(np.mean(np.square(self.signal.raw))))
         return report | means | maxima
@@ -240,22 +240,23 @@ class SignalTask(RepresentationTask):
         return (index // per_frame).astype(np.int32)
 
     def _chunk_metrics(self, graph, has_states, state, batch, start, block):
-        """Counts `[F]` and squared errors `[F, S]` of the frames, maxima, and metrics."""
+        """Weights and, of every signal, squared errors of the frames, `[1 + S, F]`, maxima, and metrics."""
         model = nnx.merge(graph, state, copy=True)
         x, weight = batch["x"], batch["weight"]
         frames = self.signal.shape[0] if self.signal.kind == "video" else 1
         target = displayed(jnp.moveaxis(batch["target"], 1, 0), self.signal.kind)
 
-        def per_frame(values):
-            error = jnp.mean(jnp.square(displayed(values, self.signal.kind) - target), axis=-1) * weight[None]
-            return jax.ops.segment_sum(error.T, batch["frame"], frames)
+        def per_frame(values, weight):
+            error = jnp.mean(jnp.square(displayed(values, self.signal.kind) - target), axis=-1)
+            summed = jnp.concatenate([weight[None], error * weight[None]])
+            return jax.ops.segment_sum(summed.T, batch["frame"], frames).T
 
         def cold(net):
             out = net(x)
             return out.values[-1], out.states, out.stats, out.spectral_radius
 
         values, states, stats, radius = model.signals.each(cold)
-        errors, maxima, metrics = {"psnr": per_frame(values)}, {}, {}
+        errors, maxima, metrics = {"psnr": per_frame(values, weight)}, {}, {}
         if stats is not None:
             counted = jnp.broadcast_to(weight[None], stats.steps.shape)
             mean = lambda x: (jnp.sum(x.astype(weight.dtype) * counted), jnp.sum(counted))  # noqa: E731
@@ -267,15 +268,16 @@ class SignalTask(RepresentationTask):
                 metrics["forward/spectral_radius"] = mean(radius)
         if has_states and model.warm is not None:
             z, known = model.warm.recall(block)
-            counted = counted * known  # a model that was read without its training has no states
+            # A model that was read without its training has no states, one early in its first epoch not all.
+            counted = counted * known
             z = jax.lax.dynamic_slice_in_dim(z, start, x.shape[0], axis=1)
             options = {"f_max_iter": 0}
             step = lambda net, z: net(x, z_init=z, train=True, solver_options=options).values[-1]  # noqa: E731
-            errors["psnr_warm"] = per_frame(model.signals.each(step, z))
+            errors["psnr_warm"] = per_frame(model.signals.each(step, z), weight * known)
             apart = jnp.linalg.norm(states[-1] - z, axis=-1)
             maxima["warm/gap_max"] = jnp.max(apart * (counted > 0))
             metrics["warm/gap"] = mean(apart)
-        return jax.ops.segment_sum(weight, batch["frame"], frames), errors, maxima, metrics
+        return errors, maxima, metrics
 
     # What is written -------------------------------------------------------------------------------------------------
 

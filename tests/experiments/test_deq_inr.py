@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -94,6 +95,21 @@ def test_the_warm_quality_is_never_reported_alone(tmp_path):
     assert "psnr_warm" not in task.evaluate(task.model(nnx.Rngs(0)), "valid")
     for name in ("reconstruction.png", "comparison.png", "psnr.png"):
         assert (tmp_path / name).stat().st_size > 0, name
+
+
+def test_the_warm_quality_is_that_of_the_states_there_are():
+    task = SignalTask(configured(data__batch_size=32), picture())
+    model = task.model(nnx.Rngs(0))
+    cold = task.evaluate(model, "valid")
+    assert "psnr_warm" not in cold and "warm/gap_max" not in cold
+    # One of two batches has been visited.
+    batch = {name: jnp.asarray(array) for name, array in task.samples(*(array[:, 0] for array in task.dealt(0))).items()}
+    z = jnp.full((32, 8), 9.0, jnp.float32)
+    model.warm.remember(jnp.int32(0), z[None])
+    values = model.signals.net(batch["x"], z_init=z, train=True, solver_options={"f_max_iter": 0}).values[-1]
+    error = jnp.mean(jnp.square(jnp.clip((values + 1) / 2, 0, 1) - (batch["target"][:, 0] + 1) / 2))
+    found = task.evaluate(model, "valid")
+    assert found["psnr_warm"] == pytest.approx(float(-10 * jnp.log10(error)), abs=1e-3) and found["psnr"] == cold["psnr"]
 
 
 @pytest.mark.parametrize(("network", "warm_start"), [("deq", True), ("deq", False), ("one_pass", True)])
@@ -309,6 +325,12 @@ def test_every_config_is_one_of_a_task(name):
         assert config.warm_start <= (config.model.network == "deq")
     with pytest.raises(Exception, match="variant"):
         load_config(str(ROOT / "configs" / f"{name}:no-such"))
+
+
+def test_published_videos_have_the_published_scales():
+    scale = lambda name: load_config(str(ROOT / "configs" / f"inr_video.py:original/DEQ-{name}D")).model.input_scale
+    low, high = ("siren_like-1L1024", "siren_like-1L2048", "gabor-1L1024"), ("siren_like-4L1024", "fourier-1L2048")
+    assert {scale(name) for name in low} == {128.0} and {scale(name) for name in high} == {256.0}
 
 
 @pytest.mark.parametrize(
