@@ -29,6 +29,7 @@ _SOLVER = (
     "f_max_iter",
     "f_tol",
     "f_stop_mode",
+    "no_stat",
     "f_options",
     "eval_factor",
     "eval_f_max_iter",

@@ -15,8 +15,8 @@ from deqjax.data.coordinates import coordinates
 from deqjax.data.errors import DataError
 from deqjax.data.images import pillow, read_image
 from deqjax.data.meshes import Mesh
-from deqjax.interop.inr_file import read_signals
-from deqjax.models.inr import INRConfig, representation
+from deqjax.interop.inr_file import read_signals, write_signals
+from deqjax.models.inr import INRConfig, Signals, representation
 from deqjax.nn.config import DEQConfig
 from deqjax.training import loop
 from deqjax.training.mesh import make_mesh
@@ -180,6 +180,14 @@ def test_a_signal_as_weights_renders_as_its_network_without_the_signal(tmp_path,
     config.data.path = "gone.png"
     assert "16 x 16" in SignalTask(config).render()
     assert read_image(tmp_path / "r.png").shape == (16, 16, 3)
+
+
+def test_a_signal_as_weights_is_solved_as_it_was_trained(tmp_path):
+    settings = {"no_stat": True, "f_max_iter": 7, "eval_f_max_iter": 9, "f_options": {"tau": 0.5}}
+    build = lambda rngs: representation(INRConfig(n_in=1, n_out=1, n_hidden=4), DEQConfig(**settings), rngs)
+    write_signals(tmp_path / "s.inr", Signals(build, 1, nnx.Rngs(0)), {})
+    (net,), _ = read_signals(tmp_path / "s.inr")
+    assert {name: getattr(net.deq.config, name) for name in settings} == settings
 
 
 def test_files_that_hold_no_signal_are_named(tmp_path):
