@@ -186,7 +186,7 @@ class SignalTask(RepresentationTask):
     def _warm(self, net, x, z, known, key, options):
         """As `from_zero`, but from the last visit's states; the solver runs only if they are not known."""
         injection = net.encode(x, net.weights(train=True))
-        start, sums = net.start(injection, z, known)
+        start, sums = net.start(injection, z, known, options)
         out = net.solve(injection, start, train=True, solver_options={**options, "f_max_iter": 0})
         values, states, _, jacobian = self.decoded(net, injection, out, key)
         return values, states, sums, jacobian

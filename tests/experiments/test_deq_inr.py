@@ -183,7 +183,7 @@ def test_a_signal_as_weights_renders_as_its_network_without_the_signal(tmp_path,
 
 
 def test_a_signal_as_weights_is_solved_as_it_was_trained(tmp_path):
-    settings = {"no_stat": True, "f_max_iter": 7, "eval_f_max_iter": 9, "f_options": {"tau": 0.5}}
+    settings = {"no_stat": True, "f_max_iter": 7, "eval_f_max_iter": 9, "f_options": {"damping": 0.5}}
     build = lambda rngs: representation(INRConfig(n_in=1, n_out=1, n_hidden=4), DEQConfig(**settings), rngs)
     write_signals(tmp_path / "s.inr", Signals(build, 1, nnx.Rngs(0)), {})
     (net,), _ = read_signals(tmp_path / "s.inr")

@@ -145,6 +145,8 @@ def test_a_step_that_knows_its_states_solves_nothing():
     again, sums = net.start(injection, solved, True)
     assert float(sums["samples"]) == 0
     np.testing.assert_array_equal(again, solved)
+    # A tolerance that falls in the course of training is heeded.
+    assert float(net.start(injection, zeros, False, {"f_tol": jnp.float32(1e3)})[1]["steps"]) == 12
 
 
 def test_products_in_bfloat16_leave_the_phases_alone():

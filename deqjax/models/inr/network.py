@@ -132,9 +132,12 @@ class INR(nnx.Module):
         return self.deq(lambda z: self.cell(z, injection), z_init, train=train, solver_options=solver_options)
 
     def start(
-        self, injection: Injection, z: Float[Array, "N D"], known: Bool[Array, ""] | bool
+        self, injection: Injection, z: Float[Array, "N D"], known: Bool[Array, ""] | bool, solver_options=None
     ) -> tuple[Float[Array, "N D"], dict]:
         """Where a training step begins: at the states of the last one if they are known, else at the solution.
+
+        Args:
+          solver_options: of the solve, see `DEQ`, such as a tolerance that falls in the course of training.
 
         Returns:
           The states, without gradients, and the sums of the solve's statistics (zeros where there was none).
@@ -144,7 +147,8 @@ class INR(nnx.Module):
         injection, z = jax.lax.stop_gradient((injection, z))
 
         def solved():
-            out = self.solve(injection, z, solver_options={"eval_f_max_iter": c.f_max_iter, "f_tol": c.f_tol})
+            budget = {"eval_f_max_iter": c.f_max_iter, "f_tol": c.f_tol}
+            out = self.solve(injection, z, solver_options=budget | dict(solver_options or {}))
             return jax.lax.stop_gradient((out.states[-1], out.stats.sums()))
 
         sums = jax.eval_shape(lambda: solved()[1])
