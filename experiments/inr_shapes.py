@@ -40,12 +40,17 @@ class ShapeTask(RepresentationTask):
         for name, least in (("batch_size", 1), ("eval_points", 1), ("grid", 2)):
             if data[name] < least:
                 raise ValueError(f"data.{name}={data[name]}: must be {least} or more.")
-        self.items_per_step = ("points", self.rows)
         self._evaluate_chunk = jax.jit(self._chunk_metrics, static_argnums=0)
+        self._tests: dict[str, dict] = {}
 
     @property
+    def items_per_step(self):
+        return ("points", self.rows)
+
+    @functools.cached_property
     def rows(self) -> int:
         """Points in a batch, as many as the devices share evenly."""
+        self.fit_into_memory(self.config.data.batch_size)
         unit = self.config.accumulate * batch_devices(make_mesh(self.config.get("mesh")))
         return -(-self.config.data.batch_size // unit) * unit
 
@@ -92,10 +97,12 @@ class ShapeTask(RepresentationTask):
 
     def evaluate(self, model: Fit, split: str) -> dict[str, float]:
         """Metrics at points that training has not seen, the same at every evaluation."""
-        random = np.random.default_rng((self.config.seed, 1 if split == "valid" else 2, 2**32))
+        if split not in self._tests:  # which side of a mesh a point is on takes long to find out
+            random = np.random.default_rng((self.config.seed, 1 if split == "valid" else 2, 2**32))
+            self._tests[split] = self.test_points(random)
         graph, state = nnx.split(model)
         mesh, report = make_mesh(self.config.get("mesh")), {}
-        for name, batch in self.test_points(random).items():
+        for name, batch in self._tests[split].items():
             sums, total = Sums(), len(batch["x"])
             rows, results = self.chunk(total), []
             for start, kept in chunks(total, rows):
@@ -180,6 +187,7 @@ class SDFTask(ShapeTask):
     """The signed distance to a surface, from its points and normals and the eikonal equation (Sitzmann et al. 2020)."""
 
     published, suffix = CLOUDS, ".xyz"
+    order = 2
 
     def __init__(self, config):
         super().__init__(config)

@@ -13,8 +13,7 @@ from flax import nnx
 from deqjax.data.coordinates import coordinates, size
 from deqjax.data.images import write_image
 from deqjax.interop.inr_file import read_signals
-from deqjax.models.inr import INRConfig, WarmStart, training_bytes
-from deqjax.training.console import say
+from deqjax.models.inr import INRConfig, WarmStart
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, process_share
 from deqjax.training.metrics import Sums
 from experiments import inr_pictures
@@ -90,20 +89,12 @@ class SignalTask(RepresentationTask):
     def layout_of_batches(self) -> tuple[int, int]:
         """Rows in a batch and number of batches in an epoch.
 
-        A full batch that would not fit into memory is computed in slices (config.accumulate), which changes nothing else.
         Batches are filled up to a multiple of 8, or of a power of two that is up to a 128th of them: where the devices times
         the slices divide that, the rows are as many as on one device, and the states of a run fit where it goes on.
         """
         config, n, devices = self.config, len(self.signal.train), batch_devices(make_mesh(self.config.get("mesh")))
         rows = min(config.data.batch_size or n, n)
-        memory = config.data.memory_gib * 2**30 * devices
-        needed = rows * self.count * training_bytes(self.architecture, self.deq)
-        if config.accumulate == 1 and needed > memory:
-            config.accumulate = 2 ** math.ceil(math.log2(needed / memory))
-            say(
-                f"{rows:,} coordinates would take about {needed / 2**30:.1f} GiB at once: the gradient is added up over "
-                f"{config.accumulate} slices (config.data.memory_gib={config.data.memory_gib})."
-            )
+        self.fit_into_memory(rows)
         unit = math.lcm(max(8, 2 ** int(math.log2(max(rows / 128, 1)))), config.accumulate * devices)
         rows = -(-rows // unit) * unit
         return rows, -(-n // rows)

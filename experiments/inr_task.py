@@ -17,8 +17,9 @@ from deqjax.data.errors import DataError
 from deqjax.interop.inr import export_inr, load_inr
 from deqjax.interop.inr_file import read_signals, write_signals
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
-from deqjax.models.inr import INRConfig, Signals, WarmStart, evaluation_bytes, has_equilibrium, representation
+from deqjax.models.inr import INRConfig, Signals, WarmStart, evaluation_bytes, has_equilibrium, representation, training_bytes
 from deqjax.nn.config import DEQConfig
+from deqjax.training.console import say
 from deqjax.training.mesh import batch_devices, make_mesh, place_whole, replicated
 from deqjax.training.metrics import vitals
 from experiments import inr_pictures
@@ -42,6 +43,7 @@ class RepresentationTask:
     # Slices change the order of sums alone, and a run chooses their number by its memory.
     free_to_change = ("data.dir", "export_path", "export_dtype", "render", "data.memory_gib", "accumulate")
     count = 1
+    order = 1  # of the derivatives that training takes
 
     def __init__(self, config):
         """Reads nothing yet: a file of weights can be rendered where the signal itself is not at hand.
@@ -108,6 +110,18 @@ class RepresentationTask:
         return ""
 
     # Training --------------------------------------------------------------------------------------------------------
+
+    def fit_into_memory(self, rows: int) -> None:
+        """A batch that would not fit into memory is computed in slices (config.accumulate), which changes nothing else."""
+        config = self.config
+        memory = config.data.memory_gib * 2**30 * batch_devices(make_mesh(config.get("mesh")))
+        needed = rows * self.count * self.order * training_bytes(self.architecture, self.deq)
+        if config.accumulate == 1 and needed > memory:
+            config.accumulate = 2 ** math.ceil(math.log2(needed / memory))
+            say(
+                f"{rows:,} coordinates would take about {needed / 2**30:.1f} GiB at once: the gradient is added up over "
+                f"{config.accumulate} slices (config.data.memory_gib={config.data.memory_gib})."
+            )
 
     def from_zero(self, net: nnx.Module, x: jax.Array, key: jax.Array, options: Mapping):
         """Values of the supervised states, last state, sums of statistics and Jacobian term of one signal, solved from zero."""

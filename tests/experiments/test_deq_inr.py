@@ -16,7 +16,7 @@ from deqjax.data.errors import DataError
 from deqjax.data.images import pillow, read_image
 from deqjax.data.meshes import Mesh
 from deqjax.interop.inr_file import read_signals, write_signals
-from deqjax.models.inr import INRConfig, Signals, representation
+from deqjax.models.inr import INRConfig, Signals, representation, training_bytes
 from deqjax.nn.config import DEQConfig
 from deqjax.training import loop
 from deqjax.training.mesh import make_mesh
@@ -280,6 +280,14 @@ def test_an_inside_is_learned_and_drawn(tmp_path):
     assert (tmp_path / "slices.png").is_file() and (tmp_path / "hard-iou.png").is_file()
 
 
+@pytest.mark.parametrize(("name", "slices"), [("inr_occupancy.py", 2), ("inr_sdf.py", 4)])
+def test_points_of_a_shape_come_in_slices_when_memory_is_short(name, slices, capsys):
+    config = configured(name, **SHAPE)
+    config.data.memory_gib = 0.9 * 64 * training_bytes(INRConfig(n_in=3, n_out=1, n_hidden=8), DEQConfig(grad=3)) / 2**30
+    assert len(deq_inr.make_task(config).batch(0)["x"]) == 64
+    assert config.accumulate == slices and f"over {slices} slices" in capsys.readouterr().out
+
+
 def test_an_inside_of_a_mesh_is_learned_in_its_own_box(tmp_path):
     from deqjax.data.meshes import level_set, write_mesh
     from deqjax.data.solids import signed_distance
@@ -300,6 +308,7 @@ def test_an_inside_of_a_mesh_is_learned_in_its_own_box(tmp_path):
 def test_a_distance_is_learned_from_points_and_normals(tmp_path):
     config = configured("inr_sdf.py", **SHAPE, steps=60, data__name="sphere", optimizer__learning_rate=5e-3, eval_every=60)
     task, _, log = trained(tmp_path / "exact", config, make=deq_inr.make_task)
+    task.test_points = None  # they are made once
     first = task.evaluate(task.model(nnx.Rngs(0)), "test")
     assert log[-1]["test/surface_rmse"] < 0.5 * first["surface_rmse"]
     assert log[-1]["test/normal_angle"] < first["normal_angle"]
