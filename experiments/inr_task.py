@@ -164,8 +164,12 @@ class RepresentationTask:
         networks, about = read_signals(self.config.export_path)
         own = tuple(about["shape"])
         shape = tuple(options.shape) or scaled_shape(own, options.scale, about["kind"])
-        if len(shape) != len(own) or min(shape) < 1:
-            raise DataError(f"render.shape={shape}: this signal has {len(own)} axes, {own} samples of its own.")
+        least = 2 if about["kind"] in ("occupancy", "sdf") else 1
+        if len(shape) != len(own) or min(shape) < least:
+            raise DataError(
+                f"render.shape={shape}: this signal has {len(own)} axes, {own} samples of its own; {least} or more are needed "
+                "along each."
+            )
         mesh, written = make_mesh(self.config.get("mesh")), []
         for number, net in enumerate(networks):
             span = about.get("span", (-1.0, 1.0))

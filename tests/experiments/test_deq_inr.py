@@ -209,6 +209,12 @@ def test_files_that_hold_no_signal_are_named(tmp_path):
     config.export_path, config.render.shape = str(tmp_path / "cut.inr"), (4,)
     with pytest.raises(DataError, match="2 axes"):
         SignalTask(config).render()
+    solid = configured("inr_sdf.py", **SHAPE, export_path=str(tmp_path / "solid.inr"))
+    make = deq_inr.make_task(solid)
+    make.export(make.model(nnx.Rngs(0)))
+    solid.render.shape = (1, 8, 8)
+    with pytest.raises(DataError, match="2 or more"):
+        make.render()
     config.render.shape, config.render.output = (4, 4), str(tmp_path / "a.mp3")
     with pytest.raises(DataError, match="ending"):
         SignalTask(config).render()
