@@ -30,6 +30,8 @@ class Mesh:
             raise DataError(f"{path} has no triangles.")
         if not mesh.is_watertight:
             raise DataError(f"{path} is not closed, so nothing is inside of it.")
+        if not mesh.area > 0:
+            raise DataError(f"{path} has no surface: its triangles have no area.")
         vertices = mesh.vertices - mesh.vertices.mean(axis=0)
         mesh.vertices = (vertices / np.abs(vertices).max() + 1) / 2
         self._mesh = mesh
