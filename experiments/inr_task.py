@@ -41,7 +41,7 @@ class RepresentationTask:
     without_model = ("render",)
     weights_transfer = True
     # Slices change the order of sums alone, and a run chooses their number by its memory.
-    free_to_change = ("data.dir", "export_path", "export_dtype", "render", "data.memory_gib", "accumulate")
+    free_to_change = ("data.dir", "export_path", "export_dtype", "render", "data.grid", "data.memory_gib", "accumulate")
     count = 1
     order = 1  # of the derivatives that training takes
 
