@@ -149,7 +149,7 @@ class SignalTask(RepresentationTask):
     # Training --------------------------------------------------------------------------------------------------------
 
     def loss(self, model: Fit, batch, key, step):
-        """Mean squared error, weighted over the supervised states; of several signals the sum: none disturbs another."""
+        """Mean squared error, weighted over the supervised states; of several signals the sum: gradients stay apart."""
         x, weight, warm = batch["x"], batch["weight"], model.warm
         target, total = jnp.moveaxis(batch["target"], 1, 0), jnp.sum(weight)
         keys = jax.random.split(key, self.count)
@@ -276,14 +276,14 @@ class SignalTask(RepresentationTask):
         """Bits per sample beside the raw signal's, and the PSNR of what the file renders."""
         signal, mesh = self.signal, make_mesh(self.config.get("mesh"))
         networks, about = read_signals(path)
-        everything = np.arange(size(signal.shape))
+        targets = signal.values(np.arange(size(signal.shape)))
         each = []
         for number, net in enumerate(networks):
             values = values_on_grid(net, signal.shape, about["order"], mesh, self.config.data.memory_gib)
-            target = signal.values(everything)[:, number].reshape(values.shape)
+            target = targets[:, number].reshape(values.shape)
             error = np.mean(np.square(displayed(values, signal.kind) - displayed(target, signal.kind), dtype=np.float64))
             each.append(psnr(error))
-        bits = 8 * n_bytes / (len(everything) * self.count)
+        bits = 8 * n_bytes / (len(targets) * self.count)
         raw = 8 * min(signal.raw.itemsize, 2) * signal.raw.shape[-1]
         unit = {"image": "pixel", "video": "pixel"}.get(signal.kind, "sample")
         return f", {bits:.2f} bits per {unit} (the signal itself: {raw}), which renders at {np.mean(each):.2f} dB"
