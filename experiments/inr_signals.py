@@ -281,8 +281,10 @@ class SignalTask(RepresentationTask):
         for number, net in enumerate(networks):
             values = values_on_grid(net, signal.shape, about["order"], mesh, self.config.data.memory_gib)
             target = targets[:, number].reshape(values.shape)
-            error = np.mean(np.square(displayed(values, signal.kind) - displayed(target, signal.kind), dtype=np.float64))
-            each.append(psnr(error))
+            error = np.square(displayed(values, signal.kind) - displayed(target, signal.kind), dtype=np.float64)
+            # As in evaluation: of a video the mean over its frames.
+            error = error.reshape(signal.shape[0] if signal.kind == "video" else 1, -1)
+            each.append(np.mean(psnr(np.mean(error, axis=1))))
         bits = 8 * n_bytes / (len(targets) * self.count)
         raw = 8 * min(signal.raw.itemsize, 2) * signal.raw.shape[-1]
         unit = {"image": "pixel", "video": "pixel"}.get(signal.kind, "sample")

@@ -274,6 +274,16 @@ def test_a_video_has_a_quality_for_every_frame(tmp_path):
     assert log[-1]["test/psnr_std"] > 0 and (tmp_path / "reconstruction.mp4").is_file()
 
 
+def test_an_export_of_a_video_has_the_quality_of_its_evaluation(tmp_path):
+    settings = {"model__network": "one_pass", "export_dtype": "float32", "export_path": str(tmp_path / "v.inr")}
+    raw = np.random.default_rng(0).integers(0, 256, (1, 3, 4, 4, 1)).astype(np.uint8)
+    raw[0, 1:] //= 100  # so dark that its frames differ in quality
+    task = SignalTask(configured("inr_video.py", **settings), Signal("video", raw, 25.0, np.arange(48), np.arange(48)))
+    model = task.model(nnx.Rngs(0))
+    report = task.evaluate(model, "valid")
+    assert report["psnr_std"] > 0.5 and f"renders at {report['psnr']:.2f} dB" in task.export(model)
+
+
 SHAPE = {"data__batch_size": 64, "data__eval_points": 50, "data__grid": 8, "model__input_scale": 2.0, "data__step": 1}
 
 
