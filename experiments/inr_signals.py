@@ -221,7 +221,7 @@ class SignalTask(RepresentationTask):
             each = psnr(np.stack(signals)[:, count > 0] / count[count > 0])
             if each.size:
                 report |= {name: float(np.mean(each))} | ({f"{name}_std": float(np.std(each))} if each.size > 1 else {})
-        if self.signal.kind == "audio":
+        if self.signal.kind == "audio" and np.any(self.signal.raw):  # silence has no power to compare with
             report["snr"] = report["psnr"] - float(psnr(np.mean(np.square(self.signal.raw))))
         return report | means | maxima
 

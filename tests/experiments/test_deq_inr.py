@@ -268,6 +268,12 @@ def test_a_sound_of_ones_own_is_fitted_and_written(tmp_path):
     assert (tmp_path / "run" / "comparison.png").is_file()
 
 
+def test_silence_has_no_signal_to_noise_ratio():
+    for raw, has_ratio in ((np.zeros((1, 8, 1), np.float32), False), (np.ones((1, 8, 1), np.float32), True)):
+        task = SignalTask(configured("inr_audio.py", model__network="one_pass"), Signal("audio", raw, 9.0, *2 * [np.arange(8)]))
+        assert ("snr" in task.evaluate(task.model(nnx.Rngs(0)), "valid")) == has_ratio
+
+
 def test_a_video_has_a_quality_for_every_frame(tmp_path):
     config = configured("inr_video.py", data__name="waves", data__frames=3, data__step=8)
     _, _, log = trained(tmp_path, config)
