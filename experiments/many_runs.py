@@ -31,7 +31,8 @@ def finish(
     argv = [*without(argv, ("mode", "workdir")), *flags, f"--workdir={folder}"]
     config = parse(argv).config
     result = final_value(folder, metric, config.steps)
-    if result is not None and _has_config(folder, config.to_dict(), free):
+    # From another place come other data, perhaps: the run itself compares them, when it is told to go on.
+    if result is not None and _has_config(folder, config.to_dict(), [name for name in free if name != "data.dir"]):
         return 0, result
     status = experiment(argv)
     # A run that begins or goes on takes results of a test out of its log, so there are some only if it came to its end: perhaps

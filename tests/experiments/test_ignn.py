@@ -352,11 +352,13 @@ def test_a_finished_run_is_a_result_of_its_own_config_alone(tmp_path):
 
     def result(run=experiment, **settings):
         argv = command("ignn_chains.py", tmp_path, {"steps": 4, **{k.replace("__", "."): v for k, v in settings.items()}})
-        return finish(run, argv, tmp_path / "run", {"seed": 1}, "test/accuracy", ("sweep",))
+        return finish(run, argv, tmp_path / "run", {"seed": 1}, "test/accuracy", ("sweep", "data.dir"))
 
     assert result() == (0, 0.5) and len(calls) == 1
     assert result(sweep__seeds=(7,)) == (0, 0.5) and len(calls) == 1
-    assert result(model__kappa=0.5) == (2, None) and len(calls) == 2
+    # Whether data elsewhere are others, the run finds out.
+    assert result(data__dir="elsewhere") == (0, 0.5) and len(calls) == 2
+    assert result(model__kappa=0.5) == (2, None) and len(calls) == 3
     # One that stops early has a result, one that is told to stop has none.
     assert result(lambda argv: experiment(argv, 2), steps=8) == (0, 0.5)
     assert result(lambda argv: experiment(argv, 0), steps=8) == (0, None)
