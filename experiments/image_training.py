@@ -177,7 +177,9 @@ def along_one_solve(task, model: MDEQ) -> list[tuple[int, list]]:
     options = task.config.anytime
     if options.split not in task.splits:
         raise UserError(f"config.anytime.split={options.split!r}: must be one of {', '.join(task.splits)}.")
-    steps = tuple(options.steps) or tuple(range(1, task.deq.eval_budget() + 1))
+    # All that evaluation takes; of TorchDEQ's Broyden that is one more than the budget.
+    most = task.deq.forward_solver(task.deq.eval_budget(), 0.0).max_steps
+    steps = tuple(options.steps) or tuple(range(1, most + 1))
     if any(a >= b for a, b in itertools.pairwise((0, *steps))):
         raise UserError(f"config.anytime.steps={steps}: must be numbers that increase, the first of them 1 or more.")
     graph, state = nnx.split(model)

@@ -1,7 +1,7 @@
 """The equilibrium layer: which solver, which gradient, which states to supervise."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -76,6 +76,21 @@ class DEQ(nnx.Module):
             return DEQOutput(*run(f, z_init, max_iter, options), None)
         budget = self.config.eval_budget(max_iter, eval_max_iter)
         return self._evaluate(f, z_init, budget, options, key, radius_start)
+
+    def trajectory(self, f: Callable[[PyTree], PyTree], z_init: PyTree, steps: Sequence[int]) -> tuple[tuple, SolverStats]:
+        """The best states after so many evaluations of f, all from one solve like evaluation's that does not stop early.
+
+        Residuals are measured even where the solver does without. The states have no gradients.
+
+        Args:
+          f, z_init: as in a call.
+          steps: increasing.
+        """
+        z_init = as_state(z_init)
+        check_batch(z_init)
+        f = hoist(f, z_init)
+        solved = self._solve(f, jax.lax.stop_gradient(z_init), max(steps), 0.0, {"monitor": True}, tuple(steps))
+        return solved.samples, solved.stats
 
     def _sliced(self, f, z, max_iter, options):
         """A solve per state, each starting from the last differentiable state of the one before."""

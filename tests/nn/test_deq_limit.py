@@ -31,3 +31,21 @@ def test_the_options_of_a_call_hold_for_every_slice():
 def test_a_solve_without_residuals_has_no_limit():
     with pytest.raises(ValueError, match="without residuals"):
         DEQ(no_stat=True)(F, START, train=True, solver_options={"f_limit": 3})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"f_solver": "anderson"},
+        {"f_solver": "fixed_point_iter", "preset": "torchdeq", "f_options": {"tau": 0.3}},
+        {"f_solver": "simple_fixed_point_iter", "preset": "torchdeq"},
+        {"f_solver": "fixed_point_iter", "no_stat": True},
+    ],
+)
+def test_a_trajectory_ends_where_evaluation_does_and_has_a_residual_for_every_step(settings):
+    deq = DEQ(f_max_iter=4, f_tol=0.0, **settings)
+    states, stats = deq.trajectory(F, START, (2, 4))
+    evaluated = deq(F, START, train=False)
+    np.testing.assert_allclose(states[-1], evaluated.states[-1], rtol=1e-14)
+    np.testing.assert_allclose(stats.rel_lowest, evaluated.stats.rel_lowest, rtol=1e-12)
+    assert stats.rel_trace.shape == (3, 4) and np.all(np.diff(stats.rel_trace) < 0)

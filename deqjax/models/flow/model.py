@@ -1,6 +1,5 @@
 """Deep equilibrium optical flow: encode, solve, decode."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,8 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deqjax.core.annotations import Array, Float, Key, Shaped
-from deqjax.core.fixed_point import fixed_point
-from deqjax.core.gradients import OneStep
 from deqjax.core.stats import SolverStats
 from deqjax.models.flow.attention import Attention
 from deqjax.models.flow.cell import Cell, Injection, State
@@ -186,22 +183,15 @@ class DEQFlow(nnx.Module):
     def trajectory(
         self, injection: Injection, steps: Sequence[int], start: State | None = None
     ) -> tuple[tuple[State, ...], SolverStats]:
-        """The best states after so many evaluations of f, all from one solve that does not stop early.
-
-        A solver that takes no residuals is replaced by the one that does and else is the same.
+        """The best states after so many evaluations of f, all from one solve, see `DEQ.trajectory`.
 
         Args:
           injection: of the frames.
           steps: increasing.
           start: a state to begin with; None is zero.
         """
-        config = self.deq.config
-        if config.f_solver == "simple_fixed_point_iter" or config.no_stat:
-            config = dataclasses.replace(config, f_solver="fixed_point_iter", no_stat=None)
-        solver = config.forward_solver(max(steps), 0.0)
-        f, z_init = lambda z: self.cell(z, injection), self.initial_state(injection) if start is None else start
-        solved = fixed_point(f, z_init, solver=solver, gradient=OneStep(), sample_at=tuple(steps))
-        return solved.samples, solved.stats
+        z_init = self.initial_state(injection) if start is None else start
+        return self.deq.trajectory(lambda z: self.cell(z, injection), z_init, steps)
 
     # Decode ----------------------------------------------------------------------------------------------------------
 

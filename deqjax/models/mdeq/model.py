@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deqjax.core.annotations import Array, Float, Key, PyTree
-from deqjax.core.fixed_point import fixed_point
-from deqjax.core.gradients import OneStep
 from deqjax.core.solve import residuals
 from deqjax.core.stability import jacobian_loss
 from deqjax.core.stats import SolverStats, Status
@@ -121,16 +119,8 @@ class MDEQ(nnx.Module):
         return tuple(jnp.broadcast_to(start, shape) for shape in shapes)
 
     def trajectory(self, injection: Injection, steps: Sequence[int]) -> tuple[tuple[State, ...], SolverStats]:
-        """The best states after so many evaluations of f, all from one solve that does not stop early.
-
-        Args:
-          injection: of the images.
-          steps: increasing.
-        """
-        solver = self.deq.config.forward_solver(max(steps), 0.0)
-        f = lambda z: self.cell(z, injection)  # noqa: E731
-        solved = fixed_point(f, self.initial_state(injection), solver=solver, gradient=OneStep(), sample_at=tuple(steps))
-        return solved.samples, solved.stats
+        """The best states after so many evaluations of f, all from one solve, see `DEQ.trajectory`."""
+        return self.deq.trajectory(lambda z: self.cell(z, injection), self.initial_state(injection), steps)
 
     # Decode ----------------------------------------------------------------------------------------------------------
 
