@@ -36,6 +36,25 @@ def check_set(images, n_classes: int, batch_size: int) -> None:
         raise ValueError(f"data.batch_size={batch_size}, but there are {len(images)} images.")
 
 
+def check_pixels(data, n_channels: int, found: int) -> None:
+    """Raises ValueError for images of other channels than the model's, or a normalisation that does not fit them."""
+    if found != n_channels:
+        raise ValueError(f"model.in_channels={n_channels}, but the images have {found}.")
+    for name in ("mean", "std"):
+        if len(data[name]) not in (1, found):
+            raise ValueError(f"data.{name}={tuple(data[name])}: give one number, or one for each of {found} channels.")
+    if min(data.std) <= 0:
+        raise ValueError(f"data.std={tuple(data.std)}: must be positive.")
+
+
+def check_pipeline(data, **least: int) -> None:
+    """Raises ValueError for a number below the least that it may be, among those of every input pipeline and of more."""
+    for name, minimum in {"batch_size": 1, "eval_batch_size": 1, "threads": 0, "ahead": 1, **least}.items():
+        # No number of threads is one per core.
+        if data[name] is not None and data[name] < minimum:
+            raise ValueError(f"data.{name}={data[name]}: must be {minimum} or more.")
+
+
 class Forward(NamedTuple):
     """A training forward pass."""
 
@@ -148,7 +167,9 @@ def check_training(config) -> dict:
             f"training.pretrain_steps={training['pretrain_steps']}: the unrolled phase has one state to supervise, but the deq "
             f"settings have {deq.n_supervised}. Set pretrain_steps=0, or supervise one state."
         )
-    if training["f_max_iter_jitter"] and (deq.n_supervised > 1 or deq.no_stat or not regularises(deq, training)):
+    if training["f_max_iter_jitter"] and (
+        deq.n_supervised > 1 or not deq.forward_solver(deq.f_max_iter, deq.f_tol).monitor or not regularises(deq, training)
+    ):
         raise ValueError(
             "training.f_max_iter_jitter varies the solve of regularised steps: it needs deq.jac_loss_weight, one supervised "
             "state and a solver with residuals."

@@ -8,6 +8,7 @@ export (the weights as a PyTorch state dict, to `config.export_path`). `config.i
 """
 
 import functools
+import math
 import sys
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from experiments.image_pictures import draw_confusion
 from experiments.image_training import (
     along_one_solve,
     architecture,
+    check_pipeline,
+    check_pixels,
     check_set,
     check_training,
     forward,
@@ -72,14 +75,17 @@ class ClassificationTask:
         if self.architecture.head != "classification":
             raise ValueError("the model segments: python -m experiments.mdeq_segment")
         self.splits = read(config) if splits is None else splits
-        classes = self.splits["train"].classes
-        check_set(self.splits["train"], self.architecture.n_classes, config.data.batch_size)
         images, multiple = self.splits["train"], self.architecture.image_multiple
+        check_set(images, self.architecture.n_classes, config.data.batch_size)
+        # Files are read in colour.
+        check_pixels(
+            config.data, self.architecture.in_channels, images.images.shape[-1] if isinstance(images, ImageArrays) else 3
+        )
         size = images.images.shape[1:3] if isinstance(images, ImageArrays) else (config.data.image_size,) * 2
         if any(n % multiple for n in size):
             raise ValueError(f"images are {size[0]} x {size[1]}: height and width must be multiples of {multiple}.")
         self.items_per_step = ("images", config.data.batch_size)
-        self.fingerprint = [list(classes), len(self.splits["train"])]
+        self.fingerprint = [list(images.classes), len(images)]
         self.damaged = {split: Damaged(say) for split in self.splits}
         self._evaluate_batch = jax.jit(self._metrics, static_argnums=0)
 
@@ -252,9 +258,13 @@ def _check_settings(config) -> None:
     in_memory = data.name in ("digits", "cifar10")
     if data.augment in (("resized_crop",) if in_memory else ("crop", "crop_flip")):
         raise ValueError(f"data.augment={data.augment!r} is not for data.name={data.name!r}.")
-    for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("image_size", 1), ("resize", 1), ("ahead", 1)):
-        if data[name] < least:
-            raise ValueError(f"data.{name}={data[name]}: must be {least} or more.")
+    check_pipeline(data, image_size=1, resize=1, pad=0, crop_attempts=0)
+    for name, most in (("crop_area", 1), ("crop_aspect", math.inf)):
+        low, high = data[name]
+        if not 0 < low <= high <= most:
+            raise ValueError(
+                f"data.{name}={tuple(data[name])}: give the least and the largest, both positive and up to {most}."
+            )
     if not in_memory and data.resize < data.image_size:
         raise ValueError(
             f"data.resize={data.resize} is smaller than data.image_size={data.image_size}, the square cut out of it."

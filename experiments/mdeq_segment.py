@@ -38,6 +38,8 @@ from experiments.image_pictures import draw_confusion, overlay, voc_palette
 from experiments.image_training import (
     along_one_solve,
     architecture,
+    check_pipeline,
+    check_pixels,
     check_set,
     check_training,
     forward,
@@ -93,6 +95,7 @@ class SegmentationTask:
         self.splits = read(config) if splits is None else splits
         self.classes, self.palette = self.splits["train"].classes, self.splits["train"].palette
         check_set(self.splits["train"], self.architecture.n_classes, config.data.batch_size)
+        check_pixels(config.data, self.architecture.in_channels, 3)
         self.items_per_step = ("images", config.data.batch_size)
         self.fingerprint = [list(self.classes), len(self.splits["train"])]
         self.damaged = {split: Damaged(say) for split in self.splits}
@@ -290,9 +293,7 @@ def _check_settings(config) -> None:
     for name, value, allowed in (("name", data.name, DATA), ("augment", data.augment, ("none", "scale_crop"))):
         if value not in allowed:
             raise ValueError(f"data.{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
-    for name, least in (("batch_size", 1), ("eval_batch_size", 1), ("base_size", 1), ("ahead", 1)):
-        if data[name] < least:
-            raise ValueError(f"data.{name}={data[name]}: must be {least} or more.")
+    check_pipeline(data, base_size=1)
     for name in ("crop", "eval_size"):
         if len(data[name]) != 2:
             raise ValueError(f"data.{name}={data[name]}: give height and width.")

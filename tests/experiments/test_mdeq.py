@@ -277,7 +277,17 @@ def test_cityscapes_is_cropped_in_training_and_whole_in_evaluation(tmp_path):
         ({"training.pretrain_steps": 5, "deq.n_states": 2}, "the unrolled phase has one state"),
         ({"training.f_max_iter_jitter": 2}, "varies the solve of regularised steps"),
         ({"training.pretrain_unroll": 0}, "training.pretrain_unroll=0"),
+        (
+            {"training.f_max_iter_jitter": 2, "deq.f_solver": "simple_fixed_point_iter", "deq.jac_loss_weight": 0.5},
+            "and a solver with residuals",
+        ),
         ({"model.head": "segmentation"}, "experiments.mdeq_segment"),
+        ({"model.in_channels": 3}, "model.in_channels=3, but the images have 1"),
+        ({"data.mean": (0.1, 0.2)}, r"data.mean=\(0.1, 0.2\): give one number"),
+        ({"data.std": (0.0,)}, "must be positive"),
+        ({"data.threads": -1}, "data.threads=-1: must be 0 or more"),
+        ({"data.pad": -1}, "data.pad=-1"),
+        ({"data.crop_area": (0.5, 1.5)}, r"data.crop_area=\(0.5, 1.5\): give the least and the largest"),
     ],
 )
 def test_settings_of_classification_that_cannot_be_are_refused(settings, message):
@@ -298,6 +308,8 @@ def test_settings_of_classification_that_cannot_be_are_refused(settings, message
         ({"data.eval_size": (16, 32), "data.crop": (16, 32)}, "the synthetic images are square"),
         ({"data.crop": (8, 8)}, r"data.crop=\(8, 8\): without data.augment"),
         ({"data.eval_images": 0}, "data.eval_images=0: must be 1 or more"),
+        ({"data.threads": -1}, "data.threads=-1: must be 0 or more"),
+        ({"model.in_channels": 1}, "model.in_channels=1, but the images have 3"),
     ],
 )
 def test_settings_of_segmentation_that_cannot_be_are_refused(settings, message):

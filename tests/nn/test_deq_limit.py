@@ -36,7 +36,6 @@ def test_a_solve_without_residuals_has_no_limit():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"f_solver": "anderson"},
         {"f_solver": "fixed_point_iter", "preset": "torchdeq", "f_options": {"tau": 0.3}},
         {"f_solver": "simple_fixed_point_iter", "preset": "torchdeq"},
         {"f_solver": "fixed_point_iter", "no_stat": True},
