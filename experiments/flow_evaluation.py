@@ -23,17 +23,13 @@ Estimator = Callable[[np.ndarray, np.ndarray, State | None], Estimate]
 
 
 def estimator(model: DEQFlow, mode: str, mesh_sizes=None) -> Estimator:
-    """The model as a function of one pair of frames, compiled once for every size.
+    """The model as a function of one pair of frames, compiled once for every size, whatever the weights.
 
     Args:
       mode: where frames are padded, see `deqjax.models.flow.padding`.
     """
     graph, state = nnx.split(model)
     mesh, C = make_mesh(mesh_sizes), model.config.widths.hidden
-
-    @jax.jit
-    def run(state, image1, image2, start):
-        return nnx.merge(graph, state)(image1, image2, start=start, mode=mode)
 
     def estimate(image1, image2, start=None):
         if start is None:
@@ -42,9 +38,15 @@ def estimator(model: DEQFlow, mode: str, mesh_sizes=None) -> Estimator:
                 **place_whole(mesh, {"h": np.zeros((1, h, w, C), np.float32), "flow": np.zeros((1, h, w, 2), np.float32)})
             )
         frames = place_whole(mesh, {"image1": image1[None], "image2": image2[None]})
-        return run(state, frames["image1"], frames["image2"], start)
+        return _estimate(graph, state, frames["image1"], frames["image2"], start, mode)
 
     return estimate
+
+
+# Not inside `estimator`, where every evaluation of a training run would compile it anew.
+@functools.partial(jax.jit, static_argnames=("graph", "mode"))
+def _estimate(graph, state, image1, image2, start, mode):
+    return nnx.merge(graph, state)(image1, image2, start=start, mode=mode)
 
 
 @functools.partial(jax.jit, static_argnames=("warm_start", "fixed_point_reuse"))

@@ -7,12 +7,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import flow_chairs, flow_kitti, flow_sintel, flow_things, flow_warped_photos
 from deqjax.data.flow_files import read_flo, read_kitti, write_kitti
 from deqjax.data.flow_sets import FlowSet, Pair
 from deqjax.data.images import pillow
-from deqjax.models.flow import Estimate, FlowConfig, State
+from deqjax.models.flow import DEQFlow, Estimate, FlowConfig, State
 from deqjax.nn.config import DEQConfig
 from deqjax.optim.schedules import learning_rate
 from deqjax.training.mesh import place_batch
@@ -20,7 +21,7 @@ from deqjax.training.step import prepare, step_function
 from experiments import deq_flow
 from experiments.deq_flow import FlowTask
 from experiments.flow_data import Mix, Part, training_mix
-from experiments.flow_evaluation import evaluate_set, submit
+from experiments.flow_evaluation import estimator, evaluate_set, submit
 from experiments.flow_pictures import draw_frames, warp_error
 from experiments.flow_warm_start import steps_to, table
 from tests.training.lowering import lowers_everywhere
@@ -250,6 +251,23 @@ def test_scores_of_a_set_are_over_pixels_or_over_pairs(tmp_path):
     assert (dense["epe"], sparse["epe"]) == (3, 2) and (dense["zero_flow"], sparse["zero_flow"]) == (4, 3)
     for found in (dense, sparse):
         assert (found["1px"], found["5px"], found["f1"], found["spectral_radius"]) == (25, 100, 75, 0.75)
+
+
+def test_evaluations_in_the_course_of_training_compile_once(monkeypatch):
+    abstract = nnx.eval_shape(lambda: DEQFlow(FlowConfig(size="tiny"), DEQConfig(), nnx.Rngs(0)))
+    traced, image = [], np.zeros((16, 24, 3), np.uint8)
+
+    def call(model, image1, image2, *, start, mode):
+        traced.append(mode)
+        return Estimate(image1[..., :2] + model.mask.conv1.bias[0], start, None)
+
+    monkeypatch.setattr(DEQFlow, "__call__", call)
+    for weight in (1, 2):
+        graph, state = nnx.split(abstract)
+        model = nnx.merge(graph, jax.tree.map(lambda x, weight=weight: np.full(x.shape, weight, x.dtype), state))
+        for mode in ("sintel", "kitti"):
+            np.testing.assert_array_equal(estimator(model, mode)(image, image).flow, weight)
+    assert traced == ["sintel", "kitti"]
 
 
 # Many devices --------------------------------------------------------------------------------------------------------
