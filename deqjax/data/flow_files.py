@@ -44,7 +44,7 @@ def write_flo(path: str | os.PathLike, flow: np.ndarray) -> None:
     """Writes flow `[H, W, 2]`, as float32."""
     _check_flow(path, flow)
     H, W, _ = flow.shape
-    _write(path, FLO_MAGIC + struct.pack("<ii", W, H) + np.ascontiguousarray(flow, "<f4").tobytes())
+    write_whole(path, FLO_MAGIC + struct.pack("<ii", W, H) + np.ascontiguousarray(flow, "<f4").tobytes())
 
 
 # .pfm ----------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def write_pfm(path: str | os.PathLike, array: np.ndarray) -> None:
         raise DataError(f"{path} is not written: {array.shape} must be [H, W], [H, W, 2] or [H, W, 3], all of it finite.")
     H, W = array.shape[:2]
     header = f"{'Pf' if array.ndim == 2 else 'PF'}\n{W} {H}\n-1.0\n".encode()
-    _write(path, header + np.ascontiguousarray(array[::-1], "<f4").tobytes())
+    write_whole(path, header + np.ascontiguousarray(array[::-1], "<f4").tobytes())
 
 
 # KITTI ---------------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def read_kitti(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_kitti(path: str | os.PathLike, flow: np.ndarray, valid: np.ndarray | None = None) -> None:
-    """Writes flow `[H, W, 2]` as KITTI's PNG, in steps of 1/64 pixel towards zero, as the originals do.
+    """Writes flow `[H, W, 2]` as KITTI's PNG, rounded down to steps of 1/64 pixel, as the originals do.
 
     Vectors beyond the format's range, -512 to 511.98 pixels, are set to its ends; the originals let them wrap around.
     """
@@ -158,7 +158,7 @@ def write_png16(path: str | os.PathLike, array: np.ndarray) -> None:
     encoder.height, encoder.width = array.shape[:2]
     encoder.pix_fmt, encoder.time_base = "rgb48be", Fraction(1, 1)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array, np.uint16), format="rgb48le").reformat(format="rgb48be")
-    _write(path, b"".join(bytes(packet) for part in (frame, None) for packet in encoder.encode(part)))
+    write_whole(path, b"".join(bytes(packet) for part in (frame, None) for packet in encoder.encode(part)))
 
 
 # What they share -----------------------------------------------------------------------------------------------------
@@ -173,10 +173,11 @@ def _bytes(path) -> bytes:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _write(path, data: bytes) -> None:
+def write_whole(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file under another name and renames it, so that it is whole whenever it is there, whoever else writes it."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_bytes(data)
     os.replace(part, path)
 

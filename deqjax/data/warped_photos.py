@@ -10,13 +10,14 @@ for validation come from photographs that training never shows.
 The photographs are those in scikit-image and scikit-learn.
 """
 
+import io
 import os
 import pathlib
 
 import numpy as np
 
 from deqjax.data.errors import DataError
-from deqjax.data.flow_files import UNKNOWN_FLOW, write_flo
+from deqjax.data.flow_files import UNKNOWN_FLOW, write_flo, write_whole
 from deqjax.data.flow_sets import CHAIRS_SPLIT
 from deqjax.data.images import pillow
 from deqjax.data.photographs import photograph
@@ -36,7 +37,7 @@ def warped_photos(
     motion: float = 8.0,
     seed: int = 0,
 ) -> pathlib.Path:
-    """Writes the set unless it is there, and returns the folder for `flying_chairs`.
+    """Writes the set unless it is there, and returns the folder for `flying_chairs`. Several processes may do so at once.
 
     Args:
       root: folder of all variants of the set.
@@ -59,7 +60,6 @@ def warped_photos(
     if split.is_file():
         return folder
     data = folder / "FlyingChairs_release" / "data"
-    data.mkdir(parents=True, exist_ok=True)
     margin = int(np.ceil(2 * motion)) + 2
     for number in range(n_train + n_valid):
         random = np.random.default_rng((seed, number))
@@ -74,10 +74,12 @@ def warped_photos(
         corner = [margin + int(random.integers(n)) for n in free]
         image1, image2, flow = warped_pair(photo, corner, smooth_field(size, motion, random))
         for name, image in (("img1", image1), ("img2", image2)):
-            pillow().fromarray(image).save(data / f"{number + 1:05d}_{name}.ppm")
+            picture = io.BytesIO()
+            pillow().fromarray(image).save(picture, "PPM")
+            write_whole(data / f"{number + 1:05d}_{name}.ppm", picture.getvalue())
         write_flo(data / f"{number + 1:05d}_flow.flo", flow)
     # Last, so that a set that was interrupted is begun again.
-    split.write_text("\n".join(["1"] * n_train + ["2"] * n_valid) + "\n")
+    write_whole(split, "".join(f"{part}\n" for part in [1] * n_train + [2] * n_valid).encode())
     return folder
 
 

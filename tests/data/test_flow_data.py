@@ -1,5 +1,6 @@
 """Files, sets and augmentation of optical flow."""
 
+import os
 import struct
 
 import numpy as np
@@ -111,6 +112,22 @@ def test_flow_that_is_not_finite_is_not_written(tmp_path):
             write(tmp_path / name, bad)
         assert not list(tmp_path.iterdir())
     assert not np.any(flow_to_image(bad)[0, 0])
+
+
+def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):
+    path, flow, replace = tmp_path / "a.flo", np.ones((3, 4, 2), np.float32), os.replace
+
+    def after_the_other_process(*names):
+        monkeypatch.setattr(os, "replace", replace)
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 0)
+            write_flo(path, flow)
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", after_the_other_process)
+    write_flo(path, flow)
+    np.testing.assert_array_equal(read_flo(path), flow)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_opposite_directions_have_different_colours_and_stillness_is_white():
