@@ -31,7 +31,7 @@ from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
 from deqjax.training.errors import UserError
 from deqjax.training.metrics import vitals
-from experiments.flow_data import EVALUATIONS, STAGES, evaluation_set, training_mix
+from experiments.flow_data import EVALUATIONS, OFFLINE, STAGES, evaluation_set, training_mix
 from experiments.flow_evaluation import estimator, evaluate_set, submit
 from experiments.flow_metrics import WITHIN, masked_l1, scores
 from experiments.flow_pictures import draw_convergence, draw_frames, draw_samples
@@ -221,6 +221,8 @@ def _check_settings(config) -> None:
     for name in config.evaluate:
         if name not in EVALUATIONS:
             raise ValueError(f"evaluate={name!r}{did_you_mean(name, EVALUATIONS)}. Sets: {', '.join(EVALUATIONS)}.")
+    if "warped_photos" in (data.stage, *config.evaluate) and (missing := [key for key in OFFLINE if key not in data]):
+        raise ValueError(f"warped_photos needs data.{', data.'.join(missing)}, as in configs/flow_warped_photos.py.")
     if len(data.crop) != 2 or any(n < SCALE or n % SCALE for n in data.crop):
         raise ValueError(f"data.crop={tuple(data.crop)}: height and width must be multiples of {SCALE}.")
     for key, least in (("batch_size", 1), ("threads", 0), ("ahead", 1)):

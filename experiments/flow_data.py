@@ -12,6 +12,8 @@ from deqjax.data.flow_sets import FlowSet, Sample
 from deqjax.data.warped_photos import warped_photos
 
 STAGES = ("chairs", "things", "sintel", "kitti", "warped_photos")
+# What the offline set needs of `config.data` beside what all need.
+OFFLINE = ("n_train", "n_valid", "size", "motion", "data_seed", "min_scale", "max_scale", "strength")
 
 
 class Part(NamedTuple):

@@ -132,6 +132,11 @@ def test_mistakes_end_in_a_sentence(tmp_path, photos, capsys):
     ):
         assert deq_flow.main(command(tmp_path / "run", settings_of(photos, **settings))) == 2
         assert words in " ".join(capsys.readouterr().err.split())
+    for settings in ({"data.stage": "warped_photos"}, {"evaluate": ("warped_photos",)}):
+        config = flow_chairs.get_config()
+        config.update_from_flattened_dict(settings)
+        with pytest.raises(ValueError, match=r"warped_photos needs data\.n_train, data\.n_valid, .*flow_warped_photos\.py"):
+            FlowTask(config)
 
 
 # Data of the stages --------------------------------------------------------------------------------------------------
