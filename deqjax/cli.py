@@ -57,6 +57,11 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
         return _complain(str(error))
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or options.workdir}.")
+    except ImportError as error:
+        # Whoever needs a package that is not there says how to install it; any other is a fault of ours.
+        if "pip install" not in str(error):
+            raise
+        return _complain(f"{error}.")
     return 0
 
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 
 from deqjax.data import flow_sets
-from deqjax.data.errors import DataError
 from deqjax.data.flow_augment import FlowAugmentor
 from deqjax.data.flow_sets import FlowSet, Sample
 from deqjax.data.warped_photos import warped_photos
@@ -77,10 +76,7 @@ def training_mix(data) -> Mix:
 
 def offline_folder(data):
     """Where the warped photographs are, written if they were not there."""
-    try:
-        return warped_photos(data.dir, data.n_train, data.n_valid, tuple(data.size), data.motion, data.data_seed)
-    except ImportError as error:
-        raise DataError(str(error)) from error
+    return warped_photos(data.dir, data.n_train, data.n_valid, tuple(data.size), data.motion, data.data_seed)
 
 
 # Names of sets to evaluate on, each with how frames are padded.
