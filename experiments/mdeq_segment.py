@@ -230,6 +230,9 @@ class SegmentationTask:
 
         Pictures may have any size: they are filled up with black at the bottom and on the right, and cut again. Damaged ones
         are named and left out. What lies in a folder below goes into one of the same name.
+
+        Raises:
+          DataError: there is no such folder, or two of its pictures would give theirs the same name.
         """
         options, data, multiple = self.config.predict, self.config.data, self.architecture.image_multiple
         if not options.folder:
@@ -238,6 +241,10 @@ class SegmentationTask:
         graph, state = nnx.split(model)
         predict = jax.jit(lambda state, images: self._predictions(nnx.merge(graph, state), images))
         paths = image_files(options.folder)
+        names = {path.with_suffix(""): path for path in paths}
+        for path in paths:
+            if (other := names[path.with_suffix("")]) != path:
+                raise DataError(f"{path} and {other} have the same name, and so would their labels: rename one.")
         for number, path in enumerate(paths):
             try:
                 image = read_image(path, upright=True)

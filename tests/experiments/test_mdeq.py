@@ -1,6 +1,7 @@
 """Image experiments: from training to pictures, the phases of training, meshes and other platforms, what they refuse."""
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,9 @@ def test_damaged_pictures_are_named_and_folders_below_kept_apart(trained_segment
     ]
     out = capsys.readouterr().out
     assert "broken.jpg is no picture" in out and "of 2 pictures" in out
+    (tmp_path / "in" / "b" / "same.jpg").write_bytes(b"")
+    assert segment(predict) == 2
+    assert "b/same.jpg and" in (err := capsys.readouterr().err) and "have the same name" in " ".join(err.split())
 
 
 def test_overlays_and_palettes():
@@ -315,6 +319,13 @@ def test_settings_of_classification_that_cannot_be_are_refused(settings, message
 def test_settings_of_segmentation_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SegmentationTask(configured(mdeq_shapes, SHAPES | settings))
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    run = ["classify", "--config=configs/mdeq_imagenet.py", "--config.data.name=imagenet_tfds", f"--workdir={tmp_path}"]
+    assert classify(run) == 2
+    assert 'pip install "deqjax[tfds]"' in " ".join(capsys.readouterr().err.split())
 
 
 def test_every_field_of_the_network_and_of_training_is_on_the_command_line():
