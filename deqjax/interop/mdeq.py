@@ -148,11 +148,10 @@ def _as_normalized(table: list[Entry], state_dict: dict) -> dict:
     for key in wanted:
         prefix, _, name = key.rpartition(".")
         plain, v, g = (f"{prefix}.{name}" for name in ("weight", "weight_v", "weight_g"))
-        if name == "weight_v" and v not in arrays and plain in arrays and f"{prefix}.weight_orig" not in wanted:
-            kernel = np.asarray(arrays.pop(plain))
-            arrays[v] = kernel
-            if g in wanted:
-                arrays[g] = _norms(kernel)
+        # Without scales of its own a normalised convolution cannot have a plain one's norms.
+        if name == "weight_v" and g in wanted and v not in arrays and plain in arrays and f"{prefix}.weight_orig" not in wanted:
+            arrays[v] = np.asarray(arrays.pop(plain))
+            arrays[g] = _norms(arrays[v])
         elif name == "weight" and plain not in arrays and v in arrays and np.ndim(arrays[v]) == 4:
             kernel, scale = np.asarray(arrays.pop(v)), arrays.pop(g, 1.0)
             arrays[plain] = kernel * (np.asarray(scale) / _norms(kernel))

@@ -240,6 +240,9 @@ def test_plain_and_normalised_weights_are_converted_without_a_change_of_f():
         load_mdeq(loaded, export_mdeq(source))
         for a, b in zip(once(source, x)[0], once(loaded, x)[0], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+    unscaled = nnx.eval_shape(lambda: MDEQ(everything.config, DEQConfig(norm_no_scale=True), nnx.Rngs(0)))
+    with pytest.raises(StateDictError, match=r"missing: full_stage\.branches\.0\.blocks\.0\.conv1\.weight_v"):
+        load_mdeq(fresh(unscaled), export_mdeq(nothing))
 
 
 def test_singular_vectors_are_read_in_the_originals_order():
