@@ -32,7 +32,7 @@ from deqjax.training.console import say
 from deqjax.training.mesh import make_mesh, replicated
 from deqjax.training.metrics import vitals
 from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, skipped, training_stream
-from experiments.image_losses import IGNORED, cross_entropy_sums, ohem_cross_entropy
+from experiments.image_losses import IGNORED, cross_entropy, cross_entropy_sums, ohem_cross_entropy
 from experiments.image_metrics import confusion_matrix, segmentation_scores
 from experiments.image_pictures import draw_confusion, overlay, voc_palette
 from experiments.image_training import (
@@ -156,7 +156,7 @@ class SegmentationTask:
             if loss.ohem:
                 options = {"threshold": loss.ohem_threshold, "min_kept": loss.ohem_min_kept}
                 return ohem_cross_entropy(logits, labels, weights=self.weights, **options)
-            return cross_entropy_sums(logits, labels, weights=self.weights)[0] / jnp.maximum(weight, 1)
+            return cross_entropy(logits, labels, weights=self.weights)
 
         return supervised(model, out, criterion, weight)
 

@@ -257,6 +257,9 @@ def test_cityscapes_from_folders_and_from_lists(tmp_path):
     np.testing.assert_array_equal(Cityscapes(tmp_path, "train")[0][0], found[1][0])
     (lists / "test.lst").write_text(pair.split()[0] + "\n")
     assert np.all(Cityscapes(tmp_path, "test")[0][1] == 255)
+    (lists / "train.lst").write_text(pair + pair.split()[0] + "\n")
+    with pytest.raises(DataError, match=r"train\.lst, line 2: expected an image and its labels"):
+        Cityscapes(tmp_path, "train")
     (lists / "train.lst").write_text(pair + "leftImg8bit/train/town/gone.png gtFine/gone.png\n")
     with pytest.raises(DataError, match=r"lacks 2 files of train, the first of them leftImg8bit/train/town/gone\.png"):
         Cityscapes(tmp_path, "train")
