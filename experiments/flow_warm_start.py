@@ -40,6 +40,8 @@ class WarmStartTask(FlowTask):
         frames = glide() if not self.config.viz.input else [image for _, image in frames_of(self.config.viz.input)[0]]
         if len(frames) < 3:
             raise DataError("a warm start needs a video of three frames or more.")
+        if len({frame.shape for frame in frames}) > 1:
+            raise DataError(f"{self.config.viz.input}: all frames must have one size.")
         return table(residuals(model, frames, max(self.config.viz.steps)))
 
 

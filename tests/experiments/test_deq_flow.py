@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from configs import flow_chairs, flow_kitti, flow_sintel, flow_things, flow_warped_photos
+from deqjax.data.errors import DataError
 from deqjax.data.flow_files import read_flo, read_kitti, write_kitti
 from deqjax.data.flow_sets import FlowSet, Pair
 from deqjax.data.images import pillow
@@ -23,7 +24,7 @@ from experiments.deq_flow import FlowTask
 from experiments.flow_data import Mix, Part, training_mix
 from experiments.flow_evaluation import estimator, evaluate_set, submit
 from experiments.flow_pictures import draw_frames, warp_error
-from experiments.flow_warm_start import steps_to, table
+from experiments.flow_warm_start import WarmStartTask, steps_to, table
 from tests.training.lowering import lowers_everywhere
 from tests.training.meshes import assert_meshes_agree, mesh_of
 
@@ -236,6 +237,16 @@ def test_the_table_of_warm_starts_counts_steps_to_a_level():
     assert [steps_to(np.array([5.0, 3.0, 1.0]), level) for level in (4.0, 1.0)] == [2, 3]
     text = table({"cold": np.array([[10.0, 2.0, 0.1]]), "warm_start": np.array([[2.0, 0.5, 0.1]])})
     assert "| 2 | 3.0 | 2.0 |" in text
+
+
+def test_warm_starts_need_three_frames_of_one_size(tmp_path, photos):
+    task = small_task(photos, **{"viz.input": str(tmp_path)})
+    frames(tmp_path, 3)
+    frames(tmp_path, 1, (24, 40))
+    for message in ("all frames must have one size", "three frames or more"):
+        with pytest.raises(DataError, match=message):
+            WarmStartTask(task.config).report(None)
+        (tmp_path / "f2.png").unlink(missing_ok=True)
 
 
 def test_scores_of_a_set_are_over_pixels_or_over_pairs(tmp_path):
