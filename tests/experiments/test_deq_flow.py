@@ -1,5 +1,6 @@
 """The experiment on optical flow, through its command line."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -178,6 +179,9 @@ def test_every_recipe_is_one_that_can_be_built():
             assert 0 < float(rate(config.steps - 1)) < 0.01 * config.optimizer.learning_rate
     assert DEQConfig.from_config(flow_chairs.get_config().deq).step_lists(36) == (6,) * 6
     assert DEQConfig.from_config(flow_things.get_config().deq).eval_budget() == 60
+    # The Jacobian term is not in this loss, and the tolerance of plain steps needs no annealing.
+    others = {"jac_loss_weight", "jac_loss_freq", "jac_incremental", "no_stat", "f_tol_start", "f_tol_anneal_steps"}
+    assert {field.name for field in dataclasses.fields(DEQConfig)} - set(flow_chairs.get_config().deq) == others
     for module, variant in ((flow_chairs, "medium"), (flow_sintel, "huge_1step"), (flow_kitti, "huge_3x")):
         with pytest.raises(ValueError, match=variant):
             module.get_config(variant)
