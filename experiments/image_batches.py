@@ -9,20 +9,18 @@ from deqjax.data.errors import DataError
 from deqjax.data.image_set import Damaged
 from deqjax.data.prefetch import Prefetch, rows_of_batch, stacked
 from deqjax.training.console import say
-from deqjax.training.errors import UserError
-from deqjax.training.mesh import make_mesh, place_whole, process_share
+from deqjax.training.mesh import check_divisible, make_mesh, place_whole, process_share
 
 
 def chosen_rows(config, n_images: int, step: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     """Numbers of the images in this process's share of training batch `step`, and a seed for each.
 
     Raises:
-      UserError: the processes cannot share a batch evenly.
+      UserError: the batch cannot be split evenly.
     """
-    B = config.data.batch_size
-    share, shares = process_share(make_mesh(config.get("mesh")))
-    if B % shares:
-        raise UserError(f"config.data.batch_size={B}: {shares} processes cannot share that evenly.")
+    B, mesh = config.data.batch_size, make_mesh(config.get("mesh"))
+    check_divisible(mesh, B, "The batch")
+    share, shares = process_share(mesh)
     places = np.split(np.arange(B), shares)[share]
     return rows_of_batch(config.seed, step, n_images, B)[places], [(config.seed, step, int(place)) for place in places]
 
