@@ -43,11 +43,11 @@ class FlowTask:
 
     name = "deq_flow"
     modes = ("train", "eval", "submit", "viz", "export")
+    # Not `evaluate`: by its first set weights are chosen.
     free_to_change = (
         "data.dir",
         "data.threads",
         "data.ahead",
-        "evaluate",
         "submit",
         "viz",
         "export_path",
