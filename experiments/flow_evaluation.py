@@ -115,8 +115,8 @@ def evaluate_set(pairs: FlowSet, estimate: Estimator, **video) -> dict[str, floa
 def _of_pair(flow, truth, known) -> dict[str, float]:
     """How many pixels are valid, and sums over them."""
     error, length = (np.linalg.norm(vectors, axis=-1)[known] for vectors in (flow - truth, truth))
-    # A true vector of length zero is missed by any error above 3.
-    wrong = (error > 3) & (error > 0.05 * length)
+    # A true vector of length zero is missed by any error above 3, and any vector by one that is not finite.
+    wrong = ~((error <= 3) | (error <= 0.05 * length))
     sums = {"valid": error.size, "error": error.sum(), "length": length.sum(), "f1": wrong.sum()}
     sums |= {f"{k}px": np.sum(error < k) for k in WITHIN}
     return sums | {"error_below_400": error[length < LONGEST].sum()}

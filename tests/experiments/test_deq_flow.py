@@ -18,6 +18,7 @@ from deqjax.data.images import pillow
 from deqjax.models.flow import DEQFlow, Estimate, FlowConfig, State
 from deqjax.nn.config import DEQConfig
 from deqjax.optim.schedules import learning_rate
+from deqjax.training.errors import UserError
 from deqjax.training.mesh import place_batch
 from deqjax.training.step import prepare, step_function
 from experiments import deq_flow
@@ -166,6 +167,10 @@ def test_batches_follow_from_seed_and_step(photos):
     for name, array in first.batch(3).items():
         np.testing.assert_array_equal(array, again.batch(3)[name])
     assert np.any(first.batch(3)["image1"] != first.batch(4)["image1"])
+    shared = small_task(photos, **{"data.batch_size": 6})
+    shared.config.mesh = {"data": 2, "fsdp": 2, "model": 2}
+    with pytest.raises(UserError, match="The batch has 6 rows, which 4 devices cannot share evenly"):
+        shared.data("train")
 
 
 def test_every_recipe_is_one_that_can_be_built():
@@ -271,6 +276,8 @@ def test_scores_of_a_set_are_over_pixels_or_over_pairs(tmp_path):
     assert (dense["epe"], sparse["epe"]) == (3, 2) and (dense["zero_flow"], sparse["zero_flow"]) == (4, 3)
     for found in (dense, sparse):
         assert (found["1px"], found["5px"], found["f1"], found["spectral_radius"]) == (25, 100, 75, 0.75)
+    found = evaluate_set(FlowSet("own", pairs), lambda *frames: Still()(*frames)._replace(flow=np.full((1, 32, 40, 2), np.nan)))
+    assert np.isnan(found["epe"]) and (found["5px"], found["f1"]) == (0, 100)
 
 
 def test_evaluations_in_the_course_of_training_compile_once(monkeypatch):
