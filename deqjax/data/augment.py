@@ -129,7 +129,7 @@ def scale_and_crop(
     """
     H, W, _ = image.shape
     longer = int(base * (0.5 + rng.integers(0, 17) / 10) + 0.5)
-    h, w = (longer, int(W * longer / H + 0.5)) if H > W else (int(H * longer / W + 0.5), longer)
+    h, w = (max(int(n * longer / max(H, W) + 0.5), 1) for n in (H, W))
     top, left = (int(rng.integers(0, max(n - m, 0) + 1)) for n, m in ((h, size[0]), (w, size[1])))
     rows, columns = np.arange(top, min(top + size[0], h)), np.arange(left, min(left + size[1], w))
     missing = [(0, size[0] - len(rows)), (0, size[1] - len(columns))]

@@ -345,6 +345,7 @@ def test_scaled_windows_keep_image_and_labels_together():
         inside = ~missing & (np.abs(window[..., 0].astype(int) - 120) > 90)
         np.testing.assert_array_equal(window[inside][:, 0] > 120, moved[inside] == 1)
     assert 0 < filled < 30
+    assert augment.scale_and_crop(image[:2], labels[:2], np.random.default_rng(0), (24, 48), base=8)[0].shape == (24, 48, 3)
 
 
 # Offline sets --------------------------------------------------------------------------------------------------------
