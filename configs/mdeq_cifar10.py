@@ -153,7 +153,7 @@ def base() -> ml_collections.ConfigDict:
     config.optimizer.warmup_steps = 0
     config.optimizer.lr_min = 1e-6
     config.steps = config_dict.FieldReference(1000)
-    config.optimizer.max_steps = config.get_ref("steps")
+    config.optimizer.max_steps = config.get_oneway_ref("steps")
 
     config.log_every = 50
     config.best_metric = "accuracy"

@@ -330,7 +330,13 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys)
 
 def test_every_field_of_the_network_and_of_training_is_on_the_command_line():
     assert set(mdeq_cifar10.FIELDS) == set(MDEQConfig.__dataclass_fields__)
-    assert mdeq_cifar10.base().training.to_dict() == TRAINING
+    config = mdeq_cifar10.base()
+    assert config.training.to_dict() == TRAINING
+    # The schedule follows the run, not the run the schedule.
+    config.steps = 10
+    assert config.optimizer.max_steps == 10
+    config.optimizer.max_steps = 20
+    assert (config.steps, config.optimizer.max_steps) == (10, 20)
 
 
 RECIPES = [(mdeq_cifar10, v) for v in mdeq_cifar10.VARIANTS] + [(mdeq_imagenet, v) for v in mdeq_imagenet.VARIANTS]
