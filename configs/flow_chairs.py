@@ -98,8 +98,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip = 1.0
     config.optimizer.schedule = "onecycle"
-    config.steps = 120_001  # the originals take one more than they count
-    config.optimizer.max_steps = 120_100
+    config.steps = ml_collections.FieldReference(120_001)  # the originals take one more than they count
+    config.optimizer.max_steps = config.get_ref("steps") + 99
     config.eval_every = 5000
     config.best_metric = "epe"
     return config

@@ -23,5 +23,4 @@ def get_config(variant: str = "huge") -> ml_collections.ConfigDict:
 
     config.optimizer.learning_rate = 1e-4
     config.steps = 50_001
-    config.optimizer.max_steps = 50_100
     return config

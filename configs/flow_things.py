@@ -42,5 +42,4 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
 
     config.optimizer.learning_rate = 1.25e-4
     config.steps = (360_000 if longer else 120_000) + 1
-    config.optimizer.max_steps = config.steps + 99
     return config

@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 5e-4
     config.optimizer.weight_decay = 1e-5
     config.steps = 1500
-    config.optimizer.max_steps = config.steps + 100
+    config.optimizer.max_steps = config.get_ref("steps") + 100
     config.log_every = 50
     config.eval_every = 250
     return config

@@ -86,6 +86,8 @@ def changes(before: Mapping, now: Mapping, free=()) -> list[tuple[str, bool]]:
         if was == is_:
             continue
         follows = was == before.get(("steps",)) and is_ == now.get(("steps",))
+        if path == ("optimizer", "max_steps") and None not in (was, is_):  # the schedule may end some steps after the run
+            follows = was - before[("steps",)] == is_ - now[("steps",)]
         allowed = follows or any(
             path[: n + 1] == tuple(name.split(".")) for name in (*FREE_TO_CHANGE, *free) for n in range(len(path))
         )

@@ -20,6 +20,7 @@ from deqjax.nn.config import DEQConfig
 from deqjax.optim.schedules import learning_rate
 from deqjax.training.errors import UserError
 from deqjax.training.mesh import place_batch
+from deqjax.training.start import changes
 from deqjax.training.step import prepare, step_function
 from experiments import deq_flow
 from experiments.deq_flow import FlowTask
@@ -184,6 +185,12 @@ def test_every_recipe_is_one_that_can_be_built():
             assert 0 < float(rate(config.steps - 1)) < 0.01 * config.optimizer.learning_rate
     assert DEQConfig.from_config(flow_chairs.get_config().deq).step_lists(36) == (6,) * 6
     assert DEQConfig.from_config(flow_things.get_config().deq).eval_budget() == 60
+    # A longer run has a longer schedule, with which it may go on; another schedule of the same run is another run.
+    config = flow_warped_photos.get_config()
+    before, config.steps = config.to_dict(), 2000
+    assert config.optimizer.max_steps == 2100 and all(allowed for _, allowed in changes(before, config.to_dict()))
+    config.optimizer.max_steps = 2200
+    assert config.steps == 2000 and not all(allowed for _, allowed in changes(before, config.to_dict()))
     # The Jacobian term is not in this loss, and the tolerance of plain steps needs no annealing.
     others = {"jac_loss_weight", "jac_loss_freq", "jac_incremental", "no_stat", "f_tol_start", "f_tol_anneal_steps"}
     assert {field.name for field in dataclasses.fields(DEQConfig)} - set(flow_chairs.get_config().deq) == others
