@@ -19,8 +19,9 @@ def chosen_rows(config, n_images: int, step: int) -> tuple[np.ndarray, list[tupl
       UserError: the batch cannot be split evenly.
     """
     B, mesh = config.data.batch_size, make_mesh(config.get("mesh"))
-    check_divisible(mesh, B, "The batch")
     share, shares = process_share(mesh)
+    if B % shares:
+        check_divisible(mesh, B, "The batch")
     places = np.split(np.arange(B), shares)[share]
     return rows_of_batch(config.seed, step, n_images, B)[places], [(config.seed, step, int(place)) for place in places]
 

@@ -103,14 +103,15 @@ class ClassificationTask:
         numbers, seeds = chosen_rows(self.config, len(images), step)
         if isinstance(images, ImageArrays):
             # In memory a whole batch is less work than the switching between its rows.
-            return [functools.partial(self._from_memory, numbers, seeds[0])]
+            return [functools.partial(self._from_memory, numbers, step, [place for _, _, place in seeds])]
         return [functools.partial(self._from_file, int(n), seed) for n, seed in zip(numbers, seeds, strict=True)]
 
-    def _from_memory(self, numbers, seed) -> dict:
+    def _from_memory(self, numbers, step: int, places: list[int]) -> dict:
         images, data = self.splits["train"], self.config.data
         pixels = images.images[numbers]
         if data.augment in ("crop", "crop_flip"):
-            pixels = pad_crop_flip(pixels, np.random.default_rng(seed), data.pad, flip=data.augment == "crop_flip")
+            rng, flip = np.random.default_rng((self.config.seed, step, 0)), data.augment == "crop_flip"
+            pixels = pad_crop_flip(pixels, rng, data.pad, flip=flip, places=places, batch_size=data.batch_size)
         return self._sample(pixels, images.labels[numbers])
 
     def _from_file(self, number: int, seed) -> dict:

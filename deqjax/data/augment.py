@@ -21,14 +21,28 @@ def denormalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float])
     return np.clip(np.asarray(images) * np.asarray(std, np.float32) + np.asarray(mean, np.float32), 0, 1)
 
 
-def pad_crop_flip(images: np.ndarray, rng: np.random.Generator, pad: int = 4, *, flip: bool = True) -> np.ndarray:
-    """A window of the same size out of every image `[B, H, W, C]` with black edges of `pad` pixels; half of them mirrored."""
+def pad_crop_flip(
+    images: np.ndarray,
+    rng: np.random.Generator,
+    pad: int = 4,
+    *,
+    flip: bool = True,
+    places: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> np.ndarray:
+    """A window of the same size out of every image `[B, H, W, C]` with black edges of `pad` pixels; half of them mirrored.
+
+    Args:
+      places, batch_size: where these images are in a batch of so many, each of which has draws of its own: so a part of the
+        batch is changed as the whole is. By default they are all of it.
+    """
     B, H, W, _ = images.shape
+    places, batch_size = (np.arange(B), B) if places is None else (np.asarray(places), batch_size)
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    top, left = rng.integers(0, 2 * pad + 1, (2, B))
+    top, left = rng.integers(0, 2 * pad + 1, (2, batch_size))[:, places]
     rows, columns = top[:, None] + np.arange(H), left[:, None] + np.arange(W)
     if flip:
-        columns = np.where(rng.random(B)[:, None] < 0.5, columns[:, ::-1], columns)
+        columns = np.where(rng.random(batch_size)[places, None] < 0.5, columns[:, ::-1], columns)
     return padded[np.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

@@ -22,7 +22,7 @@ from deqjax.training.errors import UserError
 from deqjax.training.mesh import place_batch
 from deqjax.training.start import changes
 from deqjax.training.step import prepare, step_function
-from experiments import deq_flow
+from experiments import deq_flow, image_batches
 from experiments.deq_flow import FlowTask
 from experiments.flow_data import Mix, Part, training_mix
 from experiments.flow_evaluation import estimator, evaluate_set, submit
@@ -162,7 +162,7 @@ def test_a_mix_holds_each_set_as_often_as_it_counts(photos):
     np.testing.assert_array_equal(mix.sample(1, (0,))["image1"], mix.sample(9, (0,))["image1"])
 
 
-def test_batches_follow_from_seed_and_step(photos):
+def test_batches_follow_from_seed_and_step(photos, monkeypatch):
     first, again = (small_task(photos).data("train") for _ in range(2))
     again.batch(0)
     for name, array in first.batch(3).items():
@@ -170,6 +170,7 @@ def test_batches_follow_from_seed_and_step(photos):
     assert np.any(first.batch(3)["image1"] != first.batch(4)["image1"])
     shared = small_task(photos, **{"data.batch_size": 6})
     shared.config.mesh = {"data": 2, "fsdp": 2, "model": 2}
+    monkeypatch.setattr(image_batches, "process_share", lambda mesh: (0, 4))
     with pytest.raises(UserError, match="The batch has 6 rows, which 4 devices cannot share evenly"):
         shared.data("train")
 

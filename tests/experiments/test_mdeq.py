@@ -15,7 +15,6 @@ from configs import mdeq_cifar10, mdeq_cityscapes, mdeq_digits, mdeq_imagenet, m
 from deqjax.data.errors import DataError
 from deqjax.models.mdeq import MDEQConfig
 from deqjax.nn.config import DEQConfig
-from deqjax.training.errors import UserError
 from experiments import image_batches
 from experiments.image_batches import skipped
 from experiments.image_pictures import overlay, voc_palette
@@ -252,6 +251,16 @@ def test_damaged_images_are_replaced_in_training_and_do_not_count_in_evaluation(
     assert "n02/1.JPEG" in capsys.readouterr().out
 
 
+def test_the_shares_of_several_processes_are_the_batch_of_one(monkeypatch):
+    task = ClassificationTask(configured(mdeq_digits, DIGITS, **{"data.augment": "crop_flip"}))
+    share = lambda: task._training_jobs(3)[0]()["images"]
+    whole, shares = share(), []
+    for part in range(2):
+        monkeypatch.setattr(image_batches, "process_share", lambda mesh, part=part: (part, 2))
+        shares.append(share())
+    np.testing.assert_array_equal(np.concatenate(shares), whole)
+
+
 def test_cityscapes_is_cropped_in_training_and_whole_in_evaluation(tmp_path):
     for split in ("train", "val"):
         write_cityscapes(tmp_path, split, size=(64, 128))
@@ -352,9 +361,3 @@ def test_every_published_recipe_builds_its_task(module, variant):
     assert task.architecture.n_classes == {mdeq_cifar10: 10, mdeq_imagenet: 1000, mdeq_cityscapes: 19}[module]
     with pytest.raises(ValueError, match="no variant"):
         module.get_config("huge")
-
-
-def test_a_batch_that_processes_cannot_share_is_an_error(monkeypatch):
-    monkeypatch.setattr(image_batches, "process_share", lambda mesh: (0, 3))
-    with pytest.raises(UserError, match="batch_size=16: 3 processes cannot share that evenly"):
-        image_batches.chosen_rows(configured(mdeq_digits, DIGITS), 20, 0)
