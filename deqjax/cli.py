@@ -53,7 +53,7 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
             connect(*given)
         with kept_in(options.workdir):
             _run_mode(make_task, options)
-    except (UserError, DataError, ImportError) as error:  # the last of a package that is an extra
+    except (UserError, DataError) as error:
         return _complain(str(error))
     except OSError as error:
         return _complain(f"{error.strerror or error}: {error.filename or options.workdir}.")
@@ -61,7 +61,7 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
         # Whoever needs a package that is not there says how to install it; any other is a fault of ours.
         if "pip install" not in str(error):
             raise
-        return _complain(f"{error}.")
+        return _complain(f"{str(error).rstrip('.')}.")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +28,14 @@ TRAINING = {
 }
 
 
-def check_set(images, n_classes: int, batch_size: int) -> None:
-    """Raises ValueError for a training set with other classes than the model's, or with too few images for a batch."""
-    if len(images.classes) != n_classes:
-        raise ValueError(f"model.n_classes={n_classes}, but the data have {len(images.classes)} classes.")
+def check_classes(classes: Sequence[str], n_classes: int) -> None:
+    """Raises ValueError for data with other classes than the model's."""
+    if len(classes) != n_classes:
+        raise ValueError(f"model.n_classes={n_classes}, but the data have {len(classes)} classes.")
+
+
+def check_length(images, batch_size: int) -> None:
+    """Raises ValueError for a training set with too few images for a batch."""
     if len(images) < batch_size:
         raise ValueError(f"data.batch_size={batch_size}, but there are {len(images)} images.")
 

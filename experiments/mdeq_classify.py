@@ -30,15 +30,25 @@ from deqjax.models.mdeq import MDEQ
 from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
 from deqjax.training.metrics import vitals
-from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, skipped, training_stream
+from experiments.image_batches import (
+    SPLITS,
+    Unread,
+    chosen_rows,
+    evaluation_batches,
+    read_or_blank,
+    skipped,
+    splits_of,
+    training_stream,
+)
 from experiments.image_metrics import confusion_matrix, top_k
 from experiments.image_pictures import draw_confusion
 from experiments.image_training import (
     along_one_solve,
     architecture,
+    check_classes,
+    check_length,
     check_pipeline,
     check_pixels,
-    check_set,
     check_training,
     forward,
     radius_metric,
@@ -62,8 +72,9 @@ class ClassificationTask:
     def __init__(self, config, splits: dict[str, ImageSet] | None = None):
         """Reads the data that the config names, or their list, unless they are given.
 
+        Data that are missing or damaged are an error of whatever needs them first; exporting weights does not.
+
         Raises:
-          DataError: data are missing or damaged.
           ValueError: a setting is wrong.
         """
         self.config = config
@@ -74,20 +85,23 @@ class ClassificationTask:
         self.architecture = architecture(config.model)
         if self.architecture.head != "classification":
             raise ValueError("the model segments: python -m experiments.mdeq_segment")
-        self.splits = read(config) if splits is None else splits
-        images, multiple = self.splits["train"], self.architecture.image_multiple
-        check_set(images, self.architecture.n_classes, config.data.batch_size)
+        self.splits = splits_of(config, read, splits)
+        self.fingerprint = None if isinstance(self.splits, Unread) else self._check_images(self.splits["train"])
+        self.items_per_step = ("images", config.data.batch_size)
+        self.damaged = {split: Damaged(say) for split in SPLITS}
+        self._evaluate_batch = jax.jit(self._metrics, static_argnums=0)
+
+    def _check_images(self, images) -> list:
+        """What tells the training set from others. Raises ValueError if the model, or a batch, does not fit it."""
+        config, multiple = self.config, self.architecture.image_multiple
+        check_classes(images.classes, self.architecture.n_classes)
+        check_length(images, config.data.batch_size)
         # Files are read in colour.
-        check_pixels(
-            config.data, self.architecture.in_channels, images.images.shape[-1] if isinstance(images, ImageArrays) else 3
-        )
-        size = images.images.shape[1:3] if isinstance(images, ImageArrays) else (config.data.image_size,) * 2
+        *size, channels = images.images.shape[1:] if isinstance(images, ImageArrays) else (*(config.data.image_size,) * 2, 3)
+        check_pixels(config.data, self.architecture.in_channels, channels)
         if any(n % multiple for n in size):
             raise ValueError(f"images are {size[0]} x {size[1]}: height and width must be multiples of {multiple}.")
-        self.items_per_step = ("images", config.data.batch_size)
-        self.fingerprint = [list(images.classes), len(images)]
-        self.damaged = {split: Damaged(say) for split in self.splits}
-        self._evaluate_batch = jax.jit(self._metrics, static_argnums=0)
+        return [list(images.classes), len(images)]
 
     def model(self, rngs: nnx.Rngs) -> MDEQ:
         return MDEQ(self.architecture, self.deq, rngs)

@@ -31,16 +31,26 @@ from deqjax.nn.config import DEQConfig
 from deqjax.training.console import say
 from deqjax.training.mesh import make_mesh, replicated
 from deqjax.training.metrics import vitals
-from experiments.image_batches import chosen_rows, evaluation_batches, read_or_blank, skipped, training_stream
+from experiments.image_batches import (
+    SPLITS,
+    Unread,
+    chosen_rows,
+    evaluation_batches,
+    read_or_blank,
+    skipped,
+    splits_of,
+    training_stream,
+)
 from experiments.image_losses import IGNORED, cross_entropy, cross_entropy_sums, ohem_cross_entropy
 from experiments.image_metrics import confusion_matrix, segmentation_scores
 from experiments.image_pictures import draw_confusion, overlay, voc_palette
 from experiments.image_training import (
     along_one_solve,
     architecture,
+    check_classes,
+    check_length,
     check_pipeline,
     check_pixels,
-    check_set,
     check_training,
     forward,
     radius_metric,
@@ -72,8 +82,9 @@ class SegmentationTask:
     def __init__(self, config, splits: dict | None = None):
         """Lists the data that the config names, unless they are given.
 
+        Data that are missing or damaged are an error of whatever needs them first; labelling pictures does not.
+
         Raises:
-          DataError: data are missing or damaged.
           ValueError: a setting is wrong.
         """
         self.config = config
@@ -92,13 +103,17 @@ class SegmentationTask:
             raise ValueError(
                 f"data.crop={config.data.crop}: without data.augment it must be data.eval_size={config.data.eval_size}."
             )
-        self.splits = read(config) if splits is None else splits
-        self.classes, self.palette = self.splits["train"].classes, self.splits["train"].palette
-        check_set(self.splits["train"], self.architecture.n_classes, config.data.batch_size)
+        self.splits = splits_of(config, read, splits)
+        unread = isinstance(self.splits, Unread)
+        known = {"cityscapes": Cityscapes, "shapes": Shapes}[config.data.name] if unread else self.splits["train"]
+        self.classes, self.palette = known.classes, known.palette
+        check_classes(self.classes, self.architecture.n_classes)
         check_pixels(config.data, self.architecture.in_channels, 3)
+        if not unread:
+            check_length(self.splits["train"], config.data.batch_size)
+        self.fingerprint = None if unread else [list(self.classes), len(self.splits["train"])]
         self.items_per_step = ("images", config.data.batch_size)
-        self.fingerprint = [list(self.classes), len(self.splits["train"])]
-        self.damaged = {split: Damaged(say) for split in self.splits}
+        self.damaged = {split: Damaged(say) for split in SPLITS}
         self.weights = jnp.asarray(CLASS_WEIGHTS) if config.loss.class_weights else None
         self._evaluate_batch = jax.jit(self._metrics, static_argnums=0)
 

@@ -280,6 +280,23 @@ def test_cityscapes_is_cropped_in_training_and_whole_in_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("make_task", "config", "message"),
+    [
+        (ClassificationTask, mdeq_imagenet.get_config(), "there is no such folder"),
+        (SegmentationTask, mdeq_cityscapes.get_config(), "holds no images"),
+    ],
+)
+def test_data_that_are_missing_are_an_error_only_where_they_are_needed(make_task, config, message, tmp_path):
+    config.data.dir, config.export_path = str(tmp_path / "nowhere"), str(tmp_path / "weights.safetensors")
+    task = make_task(config)
+    graph, state = nnx.split(nnx.eval_shape(lambda: task.model(nnx.Rngs(0))))
+    assert "Wrote" in task.export(nnx.merge(graph, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)))
+    for needs_them in (task.data, lambda split: next(task.evaluation(split))):
+        with pytest.raises(DataError, match=message):
+            needs_them("train")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"data.name": "mnist"}, "data.name='mnist': must be one of"),
