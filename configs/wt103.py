@@ -120,7 +120,7 @@ def get_config(variant: str = "lm") -> ml_collections.ConfigDict:
     # The original's first update runs at the full rate, by accident of its scheduler.
     config.optimizer.first_update_full_lr = True
     config.steps = config_dict.FieldReference(150_000)
-    config.optimizer.max_steps = config.get_ref("steps")
+    config.optimizer.max_steps = config.get_oneway_ref("steps")
 
     config.log_every = 200
     config.eval_every = 5000

@@ -61,7 +61,7 @@ def run(make_task: Callable[..., Task], argv: list[str] | None = None, default_w
         # Whoever needs a package that is not there says how to install it; any other is a fault of ours.
         if "pip install" not in str(error):
             raise
-        return _complain(f"{str(error).rstrip('.')}.")
+        return _complain(str(error))
     return 0
 
 

@@ -1,15 +1,17 @@
 import json
+import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
 
-from deqjax.cli import parse, run
+from deqjax.cli import load_config, parse, run
 from deqjax.training.errors import UserError
 from deqjax.training.mesh import make_mesh
 from tests.training.tiny import TinyTask
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 CONFIG = "--config=tests/training/tiny.py"
 
 
@@ -65,6 +67,18 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, capsys):
 
     assert run(Task, ["tiny", CONFIG, f"--workdir={tmp_path}"]) == 2
     assert capsys.readouterr().err == 'Error: reading pictures needs Pillow: pip install "deqjax[vision]"\n'
+
+
+def test_the_length_of_a_schedule_does_not_set_that_of_the_run():
+    recipes = [load_config(str(path)) for path in sorted(CONFIGS.glob("[!_]*.py"))]
+    recipes = [config for config in recipes if "max_steps" in config.optimizer]
+    assert len(recipes) > 10
+    for config in recipes:
+        steps = config.steps
+        config.optimizer.max_steps = 7
+        assert config.steps == steps and config.optimizer.max_steps == 7
+        config.steps = 9
+        assert config.optimizer.max_steps == 7
 
 
 def test_a_section_of_options_takes_any():
