@@ -1,5 +1,6 @@
 """Optimisers, numerically those of PyTorch."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -8,6 +9,7 @@ import optax
 
 from deqjax.core.naming import leaf_path
 from deqjax.optim.schedules import check_name, learning_rate
+from deqjax.training.errors import UserError
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 
@@ -83,9 +85,16 @@ def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] =
         momentum, nesterov, weight_decay (part of the gradient, as in PyTorch; adamw alone decouples it), clip (of the
         gradient's norm; 0: none) and clip_value (of every entry of the gradient; 0: none).
       tied: see `tie_updates`.
+
+    Raises:
+      UserError: an unknown name, or a number that cannot be.
     """
     name = config.get("name", "adam")
     check_name("name", name, OPTIMIZERS)
+    for setting in ("learning_rate", "weight_decay", "clip", "clip_value"):
+        # A negative bound would turn the gradient round, NaN would get into the weights.
+        if not 0 <= (value := config.get(setting) or 0) < math.inf:
+            raise UserError(f"config.optimizer.{setting}={value}: must be a number, 0 or more.")
     decay = float(config.get("weight_decay", 0.0))
     parts = []
     if decay and name != "adamw":

@@ -117,3 +117,10 @@ def test_the_rate_falls_in_steps_after_the_warm_up():
 def test_a_mistyped_name_is_an_error_that_names_the_right_one(config, message):
     with pytest.raises(UserError, match=message):
         build_optimizer({"learning_rate": 1.0} | config)
+
+
+@pytest.mark.parametrize("setting", ["learning_rate", "weight_decay", "clip", "clip_value"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_number_that_cannot_be_is_an_error(setting, value):
+    with pytest.raises(UserError, match=f"config.optimizer.{setting}={value}: must be"):
+        build_optimizer({"learning_rate": 1.0} | {setting: value})
