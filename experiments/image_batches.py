@@ -1,7 +1,7 @@
 """Batches of image experiments: which images, in what order, made by threads, spread over processes and devices."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -12,30 +12,6 @@ from deqjax.training.console import say
 from deqjax.training.mesh import check_divisible, make_mesh, place_whole, process_share
 
 SPLITS = ("train", "valid", "test")
-
-
-class Unread(Mapping):
-    """Splits that cannot be read: whoever asks for one gets the error, and what needs none goes on without."""
-
-    def __init__(self, error: DataError):
-        self.error = error
-
-    def __getitem__(self, split):
-        raise self.error
-
-    def __iter__(self):
-        raise self.error
-
-    def __len__(self):
-        raise self.error
-
-
-def splits_of(config, read: Callable, given: Mapping | None) -> Mapping:
-    """The splits that are given, or else what `read(config)` returns, `Unread` if it fails."""
-    try:
-        return read(config) if given is None else given
-    except DataError as error:
-        return Unread(error)
 
 
 def chosen_rows(config, n_images: int, step: int) -> tuple[np.ndarray, list[tuple[int, int, int]]]:

@@ -7,6 +7,7 @@ Modes: train (and resume), eval (metrics of both splits), anytime (accuracy afte
 export (the weights as a PyTorch state dict, to `config.export_path`). `config.init_from` takes another run or such a file.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -21,6 +22,7 @@ from flax import nnx
 from deqjax.data.augment import mirror, normalize, pad_crop_flip, random_resized_crop, resize_and_center
 from deqjax.data.cifar import cifar10
 from deqjax.data.digits import digits
+from deqjax.data.errors import DataError
 from deqjax.data.image_set import Damaged, ImageArrays, ImageSet, class_folders, from_tfds
 from deqjax.data.prefetch import Prefetch
 from deqjax.data.recordio import record_images
@@ -32,12 +34,10 @@ from deqjax.training.console import say
 from deqjax.training.metrics import vitals
 from experiments.image_batches import (
     SPLITS,
-    Unread,
     chosen_rows,
     evaluation_batches,
     read_or_blank,
     skipped,
-    splits_of,
     training_stream,
 )
 from experiments.image_metrics import confusion_matrix, top_k
@@ -85,14 +85,25 @@ class ClassificationTask:
         self.architecture = architecture(config.model)
         if self.architecture.head != "classification":
             raise ValueError("the model segments: python -m experiments.mdeq_segment")
-        self.splits = splits_of(config, read, splits)
-        self.fingerprint = None if isinstance(self.splits, Unread) else self._check_images(self.splits["train"])
+        if splits is not None:
+            self.splits = splits
+        with contextlib.suppress(DataError):  # which whatever needs data meets again
+            self._check_images(self.splits["train"])
         self.items_per_step = ("images", config.data.batch_size)
         self.damaged = {split: Damaged(say) for split in SPLITS}
         self._evaluate_batch = jax.jit(self._metrics, static_argnums=0)
 
-    def _check_images(self, images) -> list:
-        """What tells the training set from others. Raises ValueError if the model, or a batch, does not fit it."""
+    @functools.cached_property
+    def splits(self) -> dict[str, ImageSet]:
+        """The images of the config. Raises DataError: see `read`."""
+        return read(self.config)
+
+    @property
+    def fingerprint(self) -> list:
+        return [list(self.splits["train"].classes), len(self.splits["train"])]
+
+    def _check_images(self, images) -> None:
+        """Raises ValueError if the model, or a batch, does not fit the training set."""
         config, multiple = self.config, self.architecture.image_multiple
         check_classes(images.classes, self.architecture.n_classes)
         check_length(images, config.data.batch_size)
@@ -101,7 +112,6 @@ class ClassificationTask:
         check_pixels(config.data, self.architecture.in_channels, channels)
         if any(n % multiple for n in size):
             raise ValueError(f"images are {size[0]} x {size[1]}: height and width must be multiples of {multiple}.")
-        return [list(images.classes), len(images)]
 
     def model(self, rngs: nnx.Rngs) -> MDEQ:
         return MDEQ(self.architecture, self.deq, rngs)
@@ -237,7 +247,7 @@ def read(config) -> dict[str, ImageSet]:
     """The images that the config names, of every split."""
     data = config.data
     if data.name == "digits":
-        return {split: digits(split) for split in ("train", "valid", "test")}
+        return {split: digits(split) for split in SPLITS}
     if data.name == "cifar10":
         return _with_valid(cifar10(data.dir, "train"), cifar10(data.dir, "test"), data)
     directory = Path(data.dir)

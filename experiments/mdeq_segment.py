@@ -8,6 +8,7 @@ from one solve), predict (labels and overlays of the pictures in `config.predict
 state dict). `config.init_from` takes another run, or a state dict: of an ImageNet classifier it uses all but the head.
 """
 
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -33,12 +34,10 @@ from deqjax.training.mesh import make_mesh, replicated
 from deqjax.training.metrics import vitals
 from experiments.image_batches import (
     SPLITS,
-    Unread,
     chosen_rows,
     evaluation_batches,
     read_or_blank,
     skipped,
-    splits_of,
     training_stream,
 )
 from experiments.image_losses import IGNORED, cross_entropy, cross_entropy_sums, ohem_cross_entropy
@@ -103,19 +102,28 @@ class SegmentationTask:
             raise ValueError(
                 f"data.crop={config.data.crop}: without data.augment it must be data.eval_size={config.data.eval_size}."
             )
-        self.splits = splits_of(config, read, splits)
-        unread = isinstance(self.splits, Unread)
-        known = {"cityscapes": Cityscapes, "shapes": Shapes}[config.data.name] if unread else self.splits["train"]
+        if splits is not None:
+            self.splits = splits
+        known = {"cityscapes": Cityscapes, "shapes": Shapes}[config.data.name]
+        with contextlib.suppress(DataError):  # which whatever needs data meets again
+            known = self.splits["train"]
+            check_length(known, config.data.batch_size)
         self.classes, self.palette = known.classes, known.palette
         check_classes(self.classes, self.architecture.n_classes)
         check_pixels(config.data, self.architecture.in_channels, 3)
-        if not unread:
-            check_length(self.splits["train"], config.data.batch_size)
-        self.fingerprint = None if unread else [list(self.classes), len(self.splits["train"])]
         self.items_per_step = ("images", config.data.batch_size)
         self.damaged = {split: Damaged(say) for split in SPLITS}
         self.weights = jnp.asarray(CLASS_WEIGHTS) if config.loss.class_weights else None
         self._evaluate_batch = jax.jit(self._metrics, static_argnums=0)
+
+    @functools.cached_property
+    def splits(self) -> dict:
+        """The images of the config. Raises DataError: see `read`."""
+        return read(self.config)
+
+    @property
+    def fingerprint(self) -> list:
+        return [list(self.classes), len(self.splits["train"])]
 
     def model(self, rngs: nnx.Rngs) -> MDEQ:
         return MDEQ(self.architecture, self.deq, rngs)
