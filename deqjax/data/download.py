@@ -8,14 +8,13 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Sequence
 
 from deqjax.data.errors import DataError
 
 
 def fetch(
-    directory: str | os.PathLike, archive: str, url: str, files: Sequence[str], checksum: str | None, otherwise: str
+    directory: str | os.PathLike, archive: str, url: str, files: Sequence[str], checksum: str, otherwise: str
 ) -> pathlib.Path:
     """The directory, with the files in it: they are there, or in an archive that is there, or the archive is downloaded.
 
@@ -24,12 +23,11 @@ def fetch(
       archive: name of the archive in the directory and on the server; a zip.
       url: where it is downloaded from.
       files: names of the wanted files, wherever they lie inside the archive.
-      checksum: of the archive, e.g. "sha256:..." or "md5:..."; None if its publisher gives none, and then there are
-        the reader's own checks alone.
+      checksum: of the archive, "sha256:..." or "md5:...".
       otherwise: what to do without a network.
 
     Raises:
-      DataError: the files are absent and cannot be downloaded, the archive is damaged, or it lacks one of the files.
+      DataError: the files are absent and cannot be downloaded, or the archive lacks one, is damaged or is another one.
     """
     directory = pathlib.Path(directory)
     missing = [name for name in files if not (directory / name).is_file()]
@@ -59,25 +57,19 @@ def fetch(
 
 def _unpack(path, directory, missing, checksum, what, mend):
     """Checks the archive and writes the missing files, each at once; files that exist are left alone."""
-    if checksum is not None:
-        algorithm, _, expected = checksum.partition(":")
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, algorithm).hexdigest()
-        if digest != expected:
-            raise DataError(f"{what} is damaged or another archive: {algorithm} {digest}, expected {expected}. {mend}")
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{what} is damaged: it is no zip archive. {mend}")
     try:
-        _extract(path, directory, missing, what)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{what} is damaged: {error}. {mend}") from error
-
-
-def _extract(path, directory, missing, what):
+        with zipfile.ZipFile(path) as contents:
+            places = {pathlib.PurePosixPath(name).name: name for name in contents.namelist()}
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{what} is damaged: it is no zip archive. {mend}") from error
+    if absent := [name for name in missing if name not in places]:
+        raise DataError(f"{what} lacks {', '.join(absent)}; it holds {', '.join(sorted(filter(None, places)))}. {mend}")
+    algorithm, _, expected = checksum.partition(":")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    if digest != expected:
+        raise DataError(f"{what} is damaged or another archive: {algorithm} {digest}, expected {expected}. {mend}")
     with zipfile.ZipFile(path) as contents:
-        places = {pathlib.PurePosixPath(name).name: name for name in contents.namelist()}
-        if absent := [name for name in missing if name not in places]:
-            raise DataError(f"{what} lacks {', '.join(absent)}; it holds {', '.join(sorted(filter(None, places)))}.")
         for name in missing:
             temporary = directory / f".{name}.{os.getpid()}"
             try:

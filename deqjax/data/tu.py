@@ -12,12 +12,12 @@ from deqjax.data.errors import DataError
 from deqjax.data.graphs import Graph, augmented, check_graph
 
 URL = "https://www.chrsmrrs.com/graphkerneldatasets/{name}.zip"
-# Number of graphs of each set, and the checksum of its archive where one is known.
+# Number of graphs of each set, and the checksum of its archive.
 SETS = {
     "MUTAG": (188, "sha256:c419bdc853c367d2d83da4973c45100954ae15e10f5ae2cddde6ca431f8207f6"),
     "PTC_MR": (344, "sha256:5699a6d9f1bc5b3d71495f09ef50de53fa3e6bb24ead1150da678500229f5237"),
-    "COX2": (467, None),
-    "PROTEINS": (1113, None),
+    "COX2": (467, "sha256:aad0f932851a9ee308b3b65bb23d9eb94d4072de9593e988090ae837fa17c430"),
+    "PROTEINS": (1113, "sha256:2da8de15284b88edabca2888ce5444d62f364ed41159260977088c4e53d4d848"),
     "NCI1": (4110, "sha256:10e1458f3bd9224f14e6d7627e74dcfd13e48d376d73935e7bd2900590ef1d82"),
 }
 # More kinds of nodes than this are a damaged file, or labels that are no kinds.

@@ -1,6 +1,7 @@
 """Graphs, their normalisation and radii, and the readers of graph data: what they accept and how they refuse."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import zipfile
@@ -225,34 +226,28 @@ def test_an_archive_in_the_folder_serves_in_place_of_a_download(tmp_path, monkey
     source.mkdir()
     target.mkdir()
     tiny_tu(source, "COX2")
-    files = sorted(source.iterdir())
-    with zipfile.ZipFile(target / "COX2.zip", "w") as archive:
-        for file in files:
-            archive.write(file, f"COX2/{file.name}")
-    monkeypatch.setitem(tu_module.SETS, "COX2", (3, None))
+    files, packed = sorted(source.iterdir()), target / "COX2.zip"
+
+    def pack(files):
+        with zipfile.ZipFile(packed, "w") as archive:
+            for file in files:
+                archive.write(file, f"COX2/{file.name}")
+
+    pack(files)
+    monkeypatch.setitem(tu_module.SETS, "COX2", (3, f"sha256:{hashlib.sha256(packed.read_bytes()).hexdigest()}"))
     found = tu("COX2", target)
     assert len(found.graphs) == 3 and all(g.radius == 1.0 for g in found.graphs)
-    # The whole form, from the same files: an archive that lacks one, a damaged one, one of another checksum.
     for file in files:
         (target / file.name).unlink()
-    with zipfile.ZipFile(target / "COX2.zip", "w") as archive:
-        for file in files[1:]:
-            archive.write(file, f"COX2/{file.name}")
-    with pytest.raises(DataError, match=r"lacks COX2_A\.txt; it holds COX2_graph_indicator\.txt"):
+    # A damaged file in it, a file that is missing, no archive at all.
+    packed.write_bytes(packed.read_bytes().replace(b"1, 2", b"1, 3"))
+    with pytest.raises(DataError, match=r"COX2\.zip is damaged or another archive: sha256 .* Remove it"):
         tu("COX2", target)
-    monkeypatch.setitem(tu_module.SETS, "COX2", (3, "sha256:" + "0" * 64))
-    with pytest.raises(DataError, match=r"COX2\.zip is damaged or another archive.* Remove it"):
+    pack(files[1:])
+    with pytest.raises(DataError, match=r"lacks COX2_A\.txt; it holds COX2_graph_indicator\.txt.* Remove it"):
         tu("COX2", target)
-    monkeypatch.setitem(tu_module.SETS, "COX2", (3, None))
-    (target / "COX2.zip").write_text("not a zip")
+    packed.write_text("not a zip")
     with pytest.raises(DataError, match="no zip archive"):
-        tu("COX2", target)
-    with zipfile.ZipFile(target / "COX2.zip", "w") as archive:
-        for file in files:
-            archive.write(file, f"COX2/{file.name}")
-    damaged = (target / "COX2.zip").read_bytes().replace(b"1, 2", b"1, 3")
-    (target / "COX2.zip").write_bytes(damaged)
-    with pytest.raises(DataError, match=r"COX2\.zip is damaged: Bad CRC-32 .* Remove it"):
         tu("COX2", target)
     assert [path.name for path in target.iterdir()] == ["COX2.zip"]
 
@@ -287,7 +282,8 @@ def test_a_download_is_checked_and_unpacked(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "remote.zip", "w") as archive:
         archive.writestr("inner/a.txt", "hello")
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: io.BytesIO((tmp_path / "remote.zip").read_bytes()))
-    folder = fetch(tmp_path / "new", "remote.zip", "https://example.org/remote.zip", ["a.txt"], None, "")
+    checksum = f"sha256:{hashlib.sha256((tmp_path / 'remote.zip').read_bytes()).hexdigest()}"
+    folder = fetch(tmp_path / "new", "remote.zip", "https://example.org/remote.zip", ["a.txt"], checksum, "")
     assert (folder / "a.txt").read_text() == "hello" and [p.name for p in folder.iterdir()] == ["a.txt"]
     with pytest.raises(DataError, match="sha256"):
         fetch(tmp_path / "other", "remote.zip", "https://example.org/remote.zip", ["a.txt"], "sha256:" + "0" * 64, "")

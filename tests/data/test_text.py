@@ -294,7 +294,12 @@ class TestWikitext:
         assert not (tmp_path / "new").exists()
 
     def test_wrong_archive(self, tmp_path, monkeypatch):
-        self.serve(monkeypatch, b"<html>")
-        with pytest.raises(DataError, match="md5"):
-            wikitext.wikitext103(tmp_path)
+        other = io.BytesIO()
+        with zipfile.ZipFile(other, "w") as archive:
+            for split in text.SPLITS:
+                archive.writestr(f"wikitext-103/wiki.{split}.tokens", "another text")
+        for served, message in ((b"<html>", "no zip archive"), (other.getvalue(), "another archive: md5")):
+            self.serve(monkeypatch, served)
+            with pytest.raises(DataError, match=message):
+                wikitext.wikitext103(tmp_path)
         assert list(tmp_path.iterdir()) == []
