@@ -92,6 +92,9 @@ class NodeTask:
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Training batch `step`: an epoch goes through all graphs in an order of its own, and wraps to fill its last batch."""
         examples, B = self.splits["train"], self.batch_size
+        if len(examples) > B:
+            # Of chains there are some on which no node counts; a batch of these would have nothing to learn from.
+            examples = [example for example in examples if example.counted.any()]
         per_epoch = -(-len(examples) // B)
         epoch, part = divmod(step, per_epoch)
         order = np.random.default_rng((self.config.seed, epoch)).permutation(len(examples))

@@ -187,6 +187,13 @@ def test_every_graph_of_an_epoch_is_seen_once():
     assert sorted(seen) == sorted(int(e.graph.n_edge.sum()) for e in task.splits["train"])
 
 
+def test_a_batch_of_some_graphs_has_nodes_that_count():
+    config = ignn_chains.get_config()
+    config.update_from_flattened_dict({"data.length": 4, "data.batch_size": 1})
+    task = NodeTask(config)
+    assert all(task.batch(step)["counted"].any() for step in range(80))
+
+
 def test_slices_with_few_or_no_nodes_that_count_give_the_gradient_of_the_whole():
     def gradient(slices):
         config = ignn_chains.get_config()
