@@ -114,6 +114,10 @@ def test_aggregation_is_the_product_with_the_transposed_matrix(method):
     # And its gradient once more.
     twice = jax.grad(lambda c: jnp.sum(jax.vjp(A.aggregate, z)[1](c)[0] * z))(c)
     np.testing.assert_allclose(twice, expected, rtol=1e-12)
+    # Forward mode, which Newton's method takes, and a batch of states.
+    np.testing.assert_allclose(jax.jvp(A.aggregate, (z,), (c,))[1], np.einsum("gij,gim->gjm", matrices, c), rtol=1e-12)
+    batched = jax.vmap(lambda c: jax.vjp(A.aggregate, z)[1](c)[0])(jnp.stack([c, 2 * c]))
+    np.testing.assert_allclose(batched, jnp.stack([pulled, 2 * pulled]), rtol=1e-12)
 
 
 # Graphs in batches ---------------------------------------------------------------------------------------------------
@@ -342,6 +346,8 @@ def test_equilibrium_settings_without_use_are_refused(settings, message):
 def test_arrays_that_make_no_graph_are_refused(change, message):
     good = dict(nodes=np.ones((3, 3)), senders=[0, 1], receivers=[1, 2], weights=[1.0, 1.0], n_nodes=3)
     assert single(**good).n_edge == 2
+    # Whole numbers as weights make neither the radius nor anything else whole.
+    assert single(**{**good, "weights": [1, 1]}, radius=1.5).globals == 1.5
     with pytest.raises(ValueError, match=message):
         single(**{**good, **change})
 

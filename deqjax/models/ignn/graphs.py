@@ -41,14 +41,15 @@ def single(nodes, senders, receivers, weights, n_nodes: int, radius: float | Non
       ValueError: arrays that do not belong together, numbers that are not finite, or an edge to a node that does not exist.
     """
     _check_single(nodes, senders, receivers, weights, n_nodes)
+    weights = 1.0 * np.asarray(weights)  # all that is computed takes its dtype from them
     return GraphsTuple(
         nodes=nodes,
-        edges=np.asarray(weights),
+        edges=weights,
         senders=np.asarray(senders, np.int32),
         receivers=np.asarray(receivers, np.int32),
         n_node=np.array([n_nodes], np.int32),
         n_edge=np.array([len(senders)], np.int32),
-        globals=None if radius is None else np.array([radius], np.asarray(weights).dtype),
+        globals=None if radius is None else np.array([radius], weights.dtype),
     )
 
 
