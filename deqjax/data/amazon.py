@@ -5,7 +5,6 @@ neighbours), `label.txt` (a row of zeros and ones per node), `train_idx-0.06.txt
 line). The whole graph is one, and a node's only feature is itself.
 """
 
-import dataclasses
 import os
 import pathlib
 from typing import NamedTuple
@@ -59,11 +58,7 @@ def amazon(directory: str | os.PathLike, portion: float = 0.06) -> Amazon:
             raise DataError(f"{directory / name}: its nodes must be some of 0 to {n_nodes - 1}.")
     graph = Graph(None, senders, receivers, np.ones(len(senders), np.float32), n_nodes, labels)
     check_graph(graph, str(directory))
-    # Normalised like this, an undirected graph has the radius 1.
-    undirected = abs(graph.adjacency() - graph.adjacency().T).sum() == 0
-    graph = augmented(graph)
-    graph = dataclasses.replace(graph, weights=graph.weights.astype(np.float32), radius=1.0 if undirected else None)
-    return Amazon(graph, train, test)
+    return Amazon(augmented(graph), train, test)
 
 
 def _edges(path, n_nodes):

@@ -113,8 +113,12 @@ def _check_labels(graph, name, n_classes):
 
 
 def augmented(graph: Graph) -> Graph:
-    """With the adjacency D^-1/2 (A + I) D^-1/2, D the row sums of A + I ("AugNormAdj")."""
-    return graph.with_adjacency(_symmetric(graph.adjacency() + scipy.sparse.eye_array(graph.n_nodes)))
+    """With the adjacency D^-1/2 (A + I) D^-1/2, D the row sums of A + I ("AugNormAdj").
+
+    Of weights that are not negative its spectral radius is 1, directed or not: that of D^-1 (A + I), whose rows sum to 1.
+    """
+    found = graph.with_adjacency(_symmetric(graph.adjacency() + scipy.sparse.eye_array(graph.n_nodes)))
+    return dataclasses.replace(found, radius=1.0 if np.all(graph.weights >= 0) else None)
 
 
 def symmetric(graph: Graph) -> Graph:

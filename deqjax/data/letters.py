@@ -7,8 +7,6 @@ the same in both classes as long as 2 r + 1 < length: a network that looks r hop
 Lengths are drawn uniformly from a range, node numbers are shuffled, and classes alternate.
 """
 
-import dataclasses
-
 import numpy as np
 
 from deqjax.data.errors import DataError
@@ -39,5 +37,5 @@ def letters(n_graphs: int = 400, shortest: int = 6, longest: int = 9, seed: int 
         nodes[shuffled, kind] = 1
         senders, receivers = shuffled[np.concatenate([step, step + 1])], shuffled[np.concatenate([step + 1, step])]
         graph = Graph(nodes, senders, receivers, np.ones(len(senders), np.float32), N, label)
-        graphs.append(dataclasses.replace(augmented(check_graph(graph, f"graph {k}", 2)), radius=1.0))
+        graphs.append(augmented(check_graph(graph, f"graph {k}", 2)))
     return GraphSet(graphs, 4, 2)

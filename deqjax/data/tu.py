@@ -1,6 +1,5 @@
 """The TU collection of graph sets (Morris et al. 2020): molecules and proteins to classify, from their text archives."""
 
-import dataclasses
 import os
 import pathlib
 from typing import NamedTuple
@@ -53,9 +52,7 @@ def tu(name: str, directory: str | os.PathLike) -> GraphSet:
     found = read_tu(name, fetch(directory, f"{name}.zip", URL.format(name=name), files, checksum, otherwise))
     if len(found.graphs) != n_graphs:
         raise DataError(f"{directory} holds {len(found.graphs)} graphs, but {name} has {n_graphs}.")
-    # For an undirected graph this matrix has the radius 1.
-    graphs = [dataclasses.replace(augmented(graph), radius=1.0) for graph in found.graphs]
-    return found._replace(graphs=graphs)
+    return found._replace(graphs=[augmented(graph) for graph in found.graphs])
 
 
 def read_tu(name: str, directory: str | os.PathLike) -> GraphSet:
