@@ -120,7 +120,8 @@ def compiled(model: UNet, mesh, function):
 def chain_of(config, rates, timesteps: int | None = None) -> Chain:
     """The chain of `config.sampler`, with another number of timesteps if given."""
     c = config.sampler
-    chosen = select_timesteps(c.selection, timesteps or c.timesteps, len(rates), dedupe=c.dedupe)
+    timesteps = c.timesteps if timesteps is None else timesteps
+    chosen = select_timesteps(c.selection, timesteps, len(rates), dedupe=c.dedupe)
     return Chain.create(rates, chosen, c.eta)
 
 

@@ -129,6 +129,7 @@ def test_every_mode_does_what_it_says(trained, capsys):
         ({"sampler.tol": 0.0}, "sampler.tol=0.0"),
         ({"sampler.solver": "broyden", "sampler.window": 2}, "'broyden' takes the whole trajectory"),
         ({"compare.timesteps": (10, 2000)}, "2000 sampling steps"),
+        ({"compare.timesteps": (0,)}, "0 sampling steps"),
         ({"model.image_size": 7}, "8x8 pixels"),
         ({"model.width": 40}, "multiple of 32"),
         ({"data.name": "cifar"}, "did you mean 'cifar10'"),
