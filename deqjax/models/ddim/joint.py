@@ -115,7 +115,7 @@ class JointSystem:
         W, T, dtype = inputs.shape[1], len(self.chain), inputs.dtype
         slots = start[:, None] + jnp.arange(W, dtype=jnp.int32)[None]
         within, k = slots < T, jnp.minimum(slots, T - 1)
-        coefficient = lambda c, k: _images(jnp.asarray(c, dtype)[k])  # noqa: E731
+        coefficient = lambda c, k: over_images(jnp.asarray(c, dtype)[k])  # noqa: E731
 
         e = self._evaluate(inputs, k)
         finite = jnp.all(jnp.isfinite(e), axis=(2, 3, 4))
@@ -124,9 +124,9 @@ class JointSystem:
         if self.data_variance is not None:
             term = term - coefficient(self.chain.push * self.guess, k) * inputs
         if noise is not None:
-            drawn = jnp.take_along_axis(noise, _images(k), axis=1)
+            drawn = jnp.take_along_axis(noise, over_images(k), axis=1)
             term = term + coefficient(self.chain.sigma, k) * drawn
-        term = jnp.where(_images(within), term / gain, 0)
+        term = jnp.where(over_images(within), term / gain, 0)
         known = base / coefficient(self.gains, start)
         return gain * (known[:, None] + _prefix_sum(term, self.n_parts)), finite
 
@@ -162,7 +162,7 @@ def attach(
     return gradient.attach(hoist(system.map_with_latent(x_T, noise), states), states)[-1][:, 1:]
 
 
-def _images(per_slot):
+def over_images(per_slot):
     """Makes numbers per sample, or per sample and slot, broadcast against images."""
     return per_slot[..., None, None, None]
 

@@ -11,7 +11,7 @@ from deqjax.core.hoist import hoist
 from deqjax.core.solve import solve
 from deqjax.core.solvers import Picard, Solver, TriangularAnderson
 from deqjax.core.stats import SolverStats, Status
-from deqjax.models.ddim.joint import JointSystem
+from deqjax.models.ddim.joint import JointSystem, over_images
 
 _EPSILON = 1e-9
 # What the options of a solver must be where slots stop by themselves.
@@ -156,7 +156,7 @@ def _in_window(system, x_T, noise, solver, window, trajectory, warm, record) -> 
         image, finite = system.window(inputs, c.base, c.start, noise)
         # A slot counts as long as it and all before it are finite; the others stay where they are.
         good = jnp.cumprod((finite & within).astype(jnp.int32), axis=1) > 0
-        image = jnp.where(_images(good), image, c.z)
+        image = jnp.where(over_images(good), image, c.z)
 
         absolute, relative = _residuals(c.z, image)
         residual = absolute if solver.stop_mode == "abs" else relative
@@ -218,13 +218,13 @@ def _advance(base, image, z, moves, known, start):
     Slots that enter begin at what is known of them, or else at the state that was the window's last.
     """
     W = z.shape[1]
-    base = jnp.take_along_axis(jnp.concatenate([base[:, None], image], axis=1), _images(moves[:, None]), axis=1)[:, 0]
+    base = jnp.take_along_axis(jnp.concatenate([base[:, None], image], axis=1), over_images(moves[:, None]), axis=1)[:, 0]
     index = jnp.arange(W, dtype=jnp.int32)[None] + moves[:, None]
-    kept = jnp.take_along_axis(z, _images(jnp.minimum(index, W - 1)), axis=1)
+    kept = jnp.take_along_axis(z, over_images(jnp.minimum(index, W - 1)), axis=1)
     entering = image[:, -1:]
     if known is not None:
-        entering = jnp.take_along_axis(known, _images(jnp.minimum(start[:, None] + index, known.shape[1] - 1)), axis=1)
-    return base, jnp.where(_images(index < W), kept, entering)
+        entering = jnp.take_along_axis(known, over_images(jnp.minimum(start[:, None] + index, known.shape[1] - 1)), axis=1)
+    return base, jnp.where(over_images(index < W), kept, entering)
 
 
 def _residuals(z, image):
@@ -244,8 +244,3 @@ def _statistics(c: _Carry, T: int, N: int) -> SolverStats:
     padded = lambda trace: jnp.where(unused, last(trace)[:, None], trace)  # noqa: E731
     absolute, relative = padded(c.abs_trace), padded(c.rel_trace)
     return SolverStats(last(c.abs_trace), last(c.rel_trace), c.steps, c.steps, absolute, relative, status)
-
-
-def _images(per_slot):
-    """Makes numbers per sample and slot broadcast against images."""
-    return per_slot[..., None, None, None]
