@@ -7,7 +7,8 @@ Paper: Implicit Graph Neural Networks (arXiv 2009.06211), table 3: MUTAG 89.3 +-
 PROTEINS 77.7 +- 3.4, NCI1 80.5 +- 1.9. Those are means over folds of the best test accuracy of all epochs
 (`data.select=test`); by default a fold of its own chooses the weights, which is fairer and lower. The recipe is the zoo's
 train_ignn.sh: 64 features, kappa 0.9, Adam at 1e-3, halved after 50 epochs, 200 epochs, batches of 128 in the
-order of the file, a phantom gradient of 5 steps.
+order of the file, a phantom gradient of 5 steps. Epochs are counted in steps, those of the paper's nine folds; where only eight
+train they may be more.
 The set is downloaded on first use (`data.dir`). Not reproduced here yet.
 """
 
@@ -88,7 +89,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     config.optimizer.weight_decay = 0.0
     config.optimizer.clip = 0.0
 
-    # 200 epochs of 8 or 9 folds.
+    # 200 epochs of 9 folds.
     config.steps = epochs(188, 200)
     config.log_every = 20
     config.eval_every = epochs(188, 1)
