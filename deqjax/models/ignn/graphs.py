@@ -126,11 +126,11 @@ def stack(graphs: Sequence[GraphsTuple], bucket: Bucket, n_graphs: int | None = 
     padded = [jraph.pad_with_graphs(graph, bucket.n_node, bucket.n_edge, 2) for graph in graphs]
     if missing:
         empty = GraphsTuple(*(None if x is None else np.zeros_like(x) for x in padded[0]))
-        # All of an empty graph is padding. It has a radius like any other, since weights are divided by it.
+        # All of an empty graph is padding. It has the radius of a real one, so that it asks nothing more of the weights.
         empty = empty._replace(
             n_node=np.array([0, bucket.n_node], np.int32),
             n_edge=np.array([0, bucket.n_edge], np.int32),
-            globals=None if empty.globals is None else np.ones_like(empty.globals),
+            globals=padded[0].globals,
         )
         padded += [empty] * missing
     return GraphsTuple(*(None if x[0] is None else np.stack(x) for x in zip(*padded, strict=True)))
