@@ -14,8 +14,11 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_dict, config_flags
+try:
+    from absl import flags
+    from ml_collections import config_dict, config_flags
+except ImportError as error:
+    raise ImportError('experiments need absl and ml_collections: pip install "deqjax[train]"') from error
 
 from deqjax.core.naming import did_you_mean
 from deqjax.data.errors import DataError
@@ -180,7 +183,7 @@ def _check_overrides(argv, config) -> None:
                     raise UserError(f"--{name}: an option that the config does not name is given as --{name}=VALUE.")
                 section[key] = _literal(value)
             elif key not in keys:
-                hint = did_you_mean(key, keys) or "."
+                hint = did_you_mean(key, keys)
                 there = f"It has: {', '.join(keys)}." if keys else "It is a value, not a section."
                 raise UserError(f"--{name}: {done} has no {key!r}{hint} {there}")
             section, done = section[key], f"{done}.{key}"

@@ -228,7 +228,7 @@ def _check_settings(config) -> None:
     choices |= {f"invert.gradients[{i}]": (name, GRADIENTS) for i, name in enumerate(config.invert.gradients)}
     for name, (value, known) in choices.items():
         if value not in known:
-            raise ValueError(f"{name}={value!r}{did_you_mean(str(value), known)}. There are: {', '.join(known)}.")
+            raise ValueError(f"{name}={value!r}{did_you_mean(value, known)} There are: {', '.join(known)}.")
     if config.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("dtype='float64': JAX computes in float32 unless the environment has JAX_ENABLE_X64=1.")
     least = {

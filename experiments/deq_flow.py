@@ -220,7 +220,7 @@ def _check_settings(config) -> None:
         raise ValueError(f"evaluate is empty: name one set or more of {', '.join(EVALUATIONS)}.")
     for name in config.evaluate:
         if name not in EVALUATIONS:
-            raise ValueError(f"evaluate={name!r}{did_you_mean(name, EVALUATIONS)}. Sets: {', '.join(EVALUATIONS)}.")
+            raise ValueError(f"evaluate={name!r}{did_you_mean(name, EVALUATIONS)} Sets: {', '.join(EVALUATIONS)}.")
     if "warped_photos" in (data.stage, *config.evaluate) and (missing := [key for key in OFFLINE if key not in data]):
         raise ValueError(f"warped_photos needs data.{', data.'.join(missing)}, as in configs/flow_warped_photos.py.")
     if len(data.crop) != 2 or any(n < SCALE or n % SCALE for n in data.crop):

@@ -36,7 +36,7 @@ def correction_weights(n: int, weighting: str = "exp", **options) -> list[float]
     """
     if weighting not in _WEIGHTINGS:
         hint = did_you_mean(weighting, _WEIGHTINGS)
-        raise ValueError(f"no weighting is called {weighting!r}{hint}. There are: {', '.join(_WEIGHTINGS)}.")
+        raise ValueError(f"no weighting is called {weighting!r}{hint} There are: {', '.join(_WEIGHTINGS)}.")
     return [_WEIGHTINGS[weighting](n, k, **options) for k in range(n)]
 
 

@@ -12,7 +12,7 @@ from deqjax.core.annotations import Array, Float, PyTree
 from deqjax.core.gradients import Gradient
 from deqjax.core.implicit import Implicit
 from deqjax.core.solvers.anderson import Anderson
-from deqjax.core.solvers.base import Solver
+from deqjax.core.solvers.base import Solver, require_solver
 from deqjax.core.stats import SolverStats
 
 
@@ -76,8 +76,9 @@ def fixed_point(
         `Solution.stats`.
       ValueError: leaves do not share the batch axis, or `sample_at` does not fit the solver's budget.
     """
-    _check_kind("solver", solver, Solver, "Anderson(max_steps=40); get_solver(name) makes one by name")
-    _check_kind("gradient", gradient, Gradient, "Implicit()")
+    require_solver(solver)
+    if not isinstance(gradient, Gradient):
+        raise TypeError(f"gradient={gradient!r}: must be a Gradient such as Implicit().")
     z_init = hoisting.as_state(z_init)
     inward, outward = _to_batch_first(z_init, batch_axis)
     z_init = inward(z_init)
@@ -105,8 +106,3 @@ def _to_batch_first(z, batch_axis):
         return lambda tree: jax.tree.map(lambda x: jnp.moveaxis(x, source, destination), tree)
 
     return moved(batch_axis, 0), moved(0, batch_axis)
-
-
-def _check_kind(name, value, kind, example):
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}={value!r}: must be a {kind.__name__} such as {example}.")

@@ -15,7 +15,7 @@ from deqjax.core import batched
 from deqjax.core.annotations import Array, Float, State
 from deqjax.core.hoist import Hoisted
 from deqjax.core.solve import Solved, residuals, solve, statistics_of_traces
-from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.base import Solver, require_count
 from deqjax.core.stats import SolverStats
 
 
@@ -70,7 +70,7 @@ class Phantom(Gradient):
     remat: bool = False
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps", self.steps, "1 or more, or nothing gets a gradient")
+        require_count("steps", self.steps, 1)  # with none, nothing gets a gradient
         if any(not 1 <= k <= self.steps for k in self.sample_at):
             raise ValueError(f"Phantom(steps={self.steps}, sample_at={tuple(self.sample_at)}): steps outside 1..{self.steps}.")
 

@@ -76,11 +76,16 @@ def as_state(z):
     """The state as arrays of floating-point dtype, weak types made strong.
 
     Raises:
-      TypeError: a leaf is not floating point.
+      TypeError: a leaf is no array, or not floating point.
     """
 
     def strong(path, x):
-        x = jnp.asarray(x)
+        try:
+            x = jnp.asarray(x)
+        except TypeError:
+            raise TypeError(
+                f"the state leaf z{jax.tree_util.keystr(path)} is {x!r}, which is no array. Does z_init come after f?"
+            ) from None
         if not jnp.issubdtype(x.dtype, jnp.floating):
             advice = "Convert it (z.astype(jnp.float32)) or let f close over it instead of iterating on it."
             if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -103,10 +108,11 @@ def check_batch(z, axis: int = 0):
     if not leaves:
         raise ValueError("z_init has no leaves: there is nothing to solve for.")
     length = lambda x: x.shape[axis] if -x.ndim <= axis < x.ndim else None  # noqa: E731
-    sizes = {jax.tree_util.keystr(path): length(x) for path, x in leaves}
-    if len(set(sizes.values())) > 1 or None in sizes.values():
+    sizes = {length(x) for _, x in leaves}
+    if len(sizes) > 1 or None in sizes:
+        shapes = ", ".join(f"z{jax.tree_util.keystr(path)} {list(x.shape)}" for path, x in leaves)
         raise ValueError(
-            f"every leaf of z_init needs the same batch axis {axis}, but their lengths there are {sizes}. "
+            f"every leaf of z_init needs a batch axis {axis} of the same length, but the shapes are {shapes}. "
             "If the whole state is one problem, pass batch_axis=None to fixed_point."
         )
 

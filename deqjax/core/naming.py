@@ -2,14 +2,15 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: `; did you mean 'x'?` with the closest known one, or a full stop."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def leaf_path(key_path) -> tuple[str, ...]:

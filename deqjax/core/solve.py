@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from deqjax.core import batched
 from deqjax.core.annotations import Array, ArrayLike, Float, Int, State
 from deqjax.core.hoist import Hoisted, as_image, as_state, check_batch
-from deqjax.core.solvers.base import Solver
+from deqjax.core.solvers.base import Solver, require_solver
 from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 
 # Keeps the relative residual finite when f(z) = 0.
@@ -70,9 +70,10 @@ def solve(
       The best state, the recorded states, the statistics and the state of the method.
 
     Raises:
-      TypeError: f does not map states to states, or a leaf is not floating point.
+      TypeError: f does not map states to states, a leaf is not floating point, or the solver is none.
       ValueError: leaves do not share the batch axis, or `sample_at` or `limit` does not fit the solver.
     """
+    require_solver(solver)
     if not isinstance(f, Hoisted):
         # A hoisted map has been checked.
         z_init, f = as_state(z_init), lambda z, f=f: as_image(z, f(z))

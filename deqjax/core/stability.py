@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from deqjax.core import batched
 from deqjax.core.annotations import Array, Float, Inexact, Key, PyTree, State
+from deqjax.core.solvers.base import require, require_count
 
 
 def jacobian_loss(
@@ -31,8 +32,9 @@ def jacobian_loss(
       probes: the probes themselves instead, a state with a leading axis of them on every leaf.
 
     Raises:
-      ValueError: there is neither a key nor probes.
+      ValueError: there is neither a key nor probes, or n_probes is not 1 or more.
     """
+    require_count("n_probes", n_probes, 1)
     leaves, structure = jax.tree.flatten(z)
     if probes is None:
         if key is None:
@@ -74,10 +76,10 @@ def spectral_radius(
       method: "power" or "arnoldi".
 
     Raises:
-      ValueError: there is no such method, or neither a key nor a start.
+      ValueError: there is no such method, neither a key nor a start, or steps is not 1 or more.
     """
-    if method not in ("power", "arnoldi"):
-        raise ValueError(f'method={method!r}: must be "power" or "arnoldi".')
+    require(method in ("power", "arnoldi"), "method", method, '"power" or "arnoldi"')
+    require_count("steps", steps, 1)
     if start is None:
         if key is None:
             raise ValueError("spectral_radius draws its start: give a key, or the start itself.")

@@ -11,7 +11,8 @@ from deqjax.core.annotations import Array, ArrayLike
 from deqjax.core.gradients import Gradient, Phantom
 from deqjax.core.implicit import Implicit
 from deqjax.core.naming import did_you_mean
-from deqjax.core.solvers import Broyden, Solver, get_solver
+from deqjax.core.solvers import Broyden, Solver, get_solver, solver_names, with_options
+from deqjax.core.solvers.base import require_count
 from deqjax.core.solvers.krylov import LINEAR_SOLVERS, LinearSolver
 from deqjax.core.solvers.shine import SHINE
 from deqjax.core.solvers.torchdeq import torchdeq_solver
@@ -95,7 +96,7 @@ class DEQConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in config:
             if key not in known:
-                raise ValueError(f"unknown DEQ setting {key!r}{did_you_mean(key, known)}. Known: {', '.join(known)}.")
+                raise ValueError(f"unknown DEQ setting {key!r}{did_you_mean(key, known)} Known: {', '.join(known)}.")
         return cls(**{key: config[key] for key in config})
 
     def __post_init__(self):
@@ -107,12 +108,14 @@ class DEQConfig:
         for name in ("grad", "sup_loc", "indexing"):
             value = getattr(self, name)
             object.__setattr__(self, name, value if isinstance(value, int) else tuple(value))
+        solvers = (*solver_names(), "simple_fixed_point_iter")
+        _choice("f_solver", self.f_solver, solvers)
+        _choice("b_solver", self.b_solver, (*solvers, *LINEAR_SOLVERS, "shine"))
         _choice("core", self.core, ("sliced", "indexing"))
         _choice("preset", self.preset, (None, "torchdeq"))
         _choice("norm_type", self.norm_type, ("weight_norm", "spectral_norm", "none"))
         for name, least in (("f_max_iter", 0), ("eval_f_max_iter", 0), ("b_max_iter", 1), ("n_states", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: must be {least} or more.")
+            require_count(name, getattr(self, name), least)
         if self.core == "indexing" and self.f_max_iter < 1:
             raise ValueError('core="indexing" takes its states from the solve, but f_max_iter=0 solves nothing; use "sliced".')
         if any(not 1 <= step <= self.f_max_iter for step in self.indexing):
@@ -175,7 +178,8 @@ class DEQConfig:
             return SHINE(solver=Broyden(tol=self.b_tol, stop_mode=self.b_stop_mode), **self.b_options)
         if self.b_solver in LINEAR_SOLVERS:
             # Their tolerance is relative to the cotangent, whatever b_stop_mode.
-            return LINEAR_SOLVERS[self.b_solver](max_steps=self.b_max_iter, tol=self.b_tol, **self.b_options)
+            options = {"max_steps": self.b_max_iter, "tol": self.b_tol, **self.b_options}
+            return with_options(LINEAR_SOLVERS[self.b_solver], self.b_solver, options)
         return self._solver(self.b_solver, self.b_max_iter, self.b_tol, self.b_stop_mode, self.b_options)
 
     def _solver(self, name, max_iter, tol, stop_mode, options):
@@ -232,7 +236,8 @@ class DEQConfig:
 
 def _choice(name, value, allowed):
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}.")
+        hint = did_you_mean(value, filter(None, allowed))
+        raise ValueError(f"{name}={value!r}{hint} It must be one of {', '.join(map(repr, allowed))}.")
 
 
 # Leaves weights as they are.

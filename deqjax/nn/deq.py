@@ -37,7 +37,11 @@ class DEQ(nnx.Module):
     """
 
     def __init__(self, config: DEQConfig | None = None, **settings):
-        self.config = config if config is not None else DEQConfig.from_config(settings)
+        if config is not None and settings:
+            raise TypeError(f"DEQ: a config and settings ({', '.join(settings)}); dataclasses.replace(config, ...) joins them.")
+        self.config = DEQConfig.from_config(settings) if config is None else config
+        if not isinstance(self.config, DEQConfig):
+            raise TypeError(f"config={config!r}: must be a DEQConfig; DEQ.from_config(...) takes a mapping.")
         self.probe = AdjointProbe(adjoint_probe())
 
     @classmethod

@@ -78,4 +78,4 @@ def learning_rate(config: Mapping) -> optax.Schedule:
 def check_name(setting: str, value: str, known) -> None:
     """Raises UserError unless the value of `config.optimizer.<setting>` is known."""
     if value not in known:
-        raise UserError(f"config.optimizer.{setting}={value!r}{did_you_mean(str(value), known)}. Known: {', '.join(known)}.")
+        raise UserError(f"config.optimizer.{setting}={value!r}{did_you_mean(value, known)} Known: {', '.join(known)}.")

@@ -23,6 +23,7 @@ from deqjax import (
     fixed_point,
 )
 from deqjax.core.solve import solve
+from deqjax.core.solvers.base import require_count
 
 # Unrolled past convergence, Anderson would differentiate rounding: 22 steps reach it.
 SOLVERS = [Picard(max_steps=120, tol=1e-13), Anderson(max_steps=22, tol=1e-13), Broyden(max_steps=60, tol=1e-13)]
@@ -310,6 +311,8 @@ def test_wrong_options_are_explained():
         fixed_point(lambda z: z, (jnp.zeros((2, 3)), jnp.zeros((4, 3))))
     with pytest.raises(ValueError, match="batch axis"):
         deqjax.DEQ()(lambda z: z, (jnp.zeros((2, 3)), jnp.zeros((4, 3))), train=True)
+    with pytest.raises(ValueError, match=r"the shapes are z \[\]\. If the whole state is one problem"):
+        fixed_point(lambda z: z, jnp.zeros(()))
     for axis in (0, None):
         with pytest.raises(ValueError, match="no leaves"):
             fixed_point(lambda z: z, {}, batch_axis=axis)
@@ -319,7 +322,20 @@ def test_wrong_options_are_explained():
             inspect.unwrap(fixed_point)(lambda z: z, jnp.zeros((2, 3)), **wrong)
     with pytest.raises(ValueError, match="stop_mode='relative'"):
         Picard(stop_mode="relative")
-    with pytest.raises(ValueError, match="did you mean 'anderson'"):
+    for wrong in (Picard, "anderson"):
+        with pytest.raises(TypeError, match=r"solver=.*must be a solver"):
+            inspect.unwrap(solve)(lambda z: z, jnp.zeros((2, 3)), wrong)
+    with pytest.raises(TypeError, match="no array"):
+        inspect.unwrap(fixed_point)(jnp.zeros((2, 3)), lambda z: z)
+    for tol in (-1e-3, float("nan")):
+        with pytest.raises(ValueError, match=r"tol=.*0 or more"):
+            Picard(tol=tol)
+    with pytest.raises(ValueError, match=r"memory=5\.0: must be a whole number"):
+        require_count("memory", 5.0, 1)
+    for estimate, wrong in ((deqjax.jacobian_loss, {"n_probes": 0}), (deqjax.spectral_radius, {"steps": 0})):
+        with pytest.raises(ValueError, match="=0: must be a whole number"):
+            estimate(lambda z: z, jnp.zeros((2, 3)), jax.random.key(0), **wrong)
+    with pytest.raises(ValueError, match=r"did you mean 'anderson'\? There"):
         deqjax.get_solver("andersen")
     with pytest.raises(ValueError, match="did you mean 'memory'"):
         deqjax.get_solver("anderson", memry=3)
@@ -331,5 +347,7 @@ def test_a_registered_solver_is_known_by_name(problem):
     class Half(Picard):
         pass
 
+    with pytest.raises(TypeError, match="must be a subclass"):
+        inspect.unwrap(deqjax.register_solver)("half_test", Half())
     deqjax.register_solver("half_test", Half)
     assert isinstance(deqjax.get_solver("half_test", damping=0.5), Half)

@@ -1,5 +1,7 @@
 """Settings in TorchDEQ's vocabulary, and what they stand for."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,10 @@ def test_the_last_phantom_state_is_returned_once():
         ({"f_tol_start": 0.1}, "needs both"),
         ({"f_tol_start": 0.1, "f_tol_anneal_steps": 5, "f_tol": 0.0}, "positive"),
         ({"f_solvr": "anderson"}, "f_solver"),
+        ({"f_solver": "andersen"}, "did you mean 'anderson'"),
+        ({"b_solver": "GMRES"}, "'gmres'"),
+        ({"b_solver": "gmres", "b_options": {"restrt": 3}}, "did you mean 'restart'"),
+        ({"n_states": 0}, "n_states=0: must be a whole number"),
         ({"norm_type": "weightnorm"}, "weight_norm"),
         ({"indexing": (20, 10)}, "must not decrease"),
     ],
@@ -92,3 +98,10 @@ def test_the_last_phantom_state_is_returned_once():
 def test_settings_that_do_not_fit_are_explained(settings, message):
     with pytest.raises(ValueError, match=message):
         DEQConfig.from_config(settings)
+
+
+def test_a_layer_takes_a_config_or_settings():
+    with pytest.raises(TypeError, match=r"f_max_iter.*replace"):
+        DEQ(DEQConfig(), f_max_iter=3)
+    with pytest.raises(TypeError, match="from_config"):
+        inspect.unwrap(DEQ.__init__)(DEQ(), {"f_solver": "anderson"})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from deqjax.core import batched
 from deqjax.core.annotations import Array
 from deqjax.core.small_systems import solve_positive
-from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.base import Solver, require, require_count
 
 
 class _State(NamedTuple):
@@ -54,7 +54,7 @@ class Anderson(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.memory >= 1, "memory", self.memory, "1 or more")
+        require_count("memory", self.memory, 1)
         require(self.kind in ("I", "II"), "kind", self.kind, '"I" or "II"')
         require(self.ridge_mode in ("relative", "absolute"), "ridge_mode", self.ridge_mode, '"relative" or "absolute"')
 

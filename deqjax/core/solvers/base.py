@@ -42,9 +42,12 @@ class Solver:
     def __post_init__(self):
         require(self.stop_mode in ("abs", "rel"), "stop_mode", self.stop_mode, '"abs" or "rel"')
         require(self.stop in ("each", "all"), "stop", self.stop, '"each" or "all"')
-        require(isinstance(self.max_steps, numbers.Integral), "max_steps", self.max_steps, "a whole number, no traced one")
-        require(self.max_steps >= 0, "max_steps", self.max_steps, "0 or more")
-        require(self.check_every >= 1, "check_every", self.check_every, "1 or more")
+        require_count("max_steps", self.max_steps, 0)
+        require_count("check_every", self.check_every, 1)
+        require_count("burn_in", self.burn_in, 0)
+        # An array may be traced, and then has no value to look at.
+        sound = self.tol >= 0 if isinstance(self.tol, numbers.Real) else hasattr(self.tol, "dtype")
+        require(sound, "tol", self.tol, "a number, 0 or more")
 
     def init(self, z: State) -> Any:
         """The method's own state before the first evaluation at `z`."""
@@ -59,3 +62,18 @@ def require(condition, name, value, allowed):
     """Raises ValueError naming the option, its value and what is allowed, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name}={value!r}: must be {allowed}.")
+
+
+def require_solver(solver):
+    """Raises TypeError for what is no solver: a name, or a class without options."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver={solver!r}: must be a solver such as Anderson(max_steps=40); get_solver(name) takes a name.")
+
+
+def require_count(name, value, least):
+    """Raises ValueError unless the option is a whole number of `least` or more.
+
+    A float would fail inside JAX, which takes 5.0 for 5 in its caches: the right number would then fail there as well.
+    """
+    counts = isinstance(value, numbers.Integral) and value >= least
+    require(counts, name, value, f"a whole number, {least} or more, and not traced")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from deqjax.core import batched
 from deqjax.core.annotations import State
 from deqjax.core.small_systems import solve_lower
-from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.base import Solver, require, require_count
 from deqjax.core.solvers.line_search import step_length
 
 
@@ -50,7 +50,8 @@ class Broyden(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.memory is None or self.memory >= 1, "memory", self.memory, "None, or 1 or more")
+        if self.memory is not None:
+            require_count("memory", self.memory, 1)
         require(self.line_search in (None, "sample", "batch"), "line_search", self.line_search, 'None, "sample" or "batch"')
 
     def init(self, z):

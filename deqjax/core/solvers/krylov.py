@@ -17,7 +17,7 @@ from jax.scipy.sparse import linalg
 from deqjax.core import batched
 from deqjax.core.annotations import Array, Float, State
 from deqjax.core.hoist import Hoisted
-from deqjax.core.solvers.base import require
+from deqjax.core.solvers.base import require_count
 from deqjax.core.stats import SolverStats, Status
 
 _one_sample = Primitive("one_sample_of_a_linear_map")
@@ -61,7 +61,7 @@ class LinearSolver:
     constant_starts: ClassVar[bool] = True
 
     def __post_init__(self):
-        require(self.max_steps >= 1, "max_steps", self.max_steps, "1 or more")
+        require_count("max_steps", self.max_steps, 1)
 
     def solve(self, linear: Hoisted, c: State, method=None, tol: Float[Array, " B"] | None = None) -> tuple[State, SolverStats]:
         """Solves u = A u + c.
@@ -128,6 +128,10 @@ class GMRES(LinearSolver):
     """
 
     restart: int = 20
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_count("restart", self.restart, 1)
 
     def _solve_one(self, matvec, rmatvec, c, tol):
         restart = min(self.restart, self.max_steps)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deqjax.core import batched
 from deqjax.core.hoist import hoist
-from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.base import Solver, require, require_count
 from deqjax.core.solvers.krylov import GMRES
 from deqjax.core.solvers.line_search import step_length
 
@@ -42,7 +42,8 @@ class NewtonKrylov(Solver):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.inner_steps >= 1, "inner_steps", self.inner_steps, "1 or more")
+        require_count("inner_steps", self.inner_steps, 1)
+        require_count("restart", self.restart, 1)
         require(0 < self.forcing < 1, "forcing", self.forcing, "between 0 and 1")
         require(self.line_search in (None, "sample", "batch"), "line_search", self.line_search, 'None, "sample" or "batch"')
 

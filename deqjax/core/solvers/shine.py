@@ -9,7 +9,7 @@ from deqjax.core import batched
 from deqjax.core.annotations import State
 from deqjax.core.hoist import Hoisted
 from deqjax.core.solve import solve
-from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.base import Solver, require_count
 from deqjax.core.solvers.broyden import Broyden, BroydenState, inverse_transposed
 from deqjax.core.stats import SolverStats
 
@@ -33,7 +33,7 @@ class SHINE:
     fallback: float = 1.3
 
     def __post_init__(self):
-        require(self.refine >= 0, "refine", self.refine, "0 or more")
+        require_count("refine", self.refine, 0)
 
     def solve(self, linear: Hoisted, c: State, method=None) -> tuple[State, SolverStats]:
         """Solves u = A u + c, given the state of the forward solve.

@@ -26,7 +26,7 @@ def betas(name: str = "linear", n: int = 1000, start: float = 1e-4, end: float =
         raise ValueError(f"a schedule of {n} timesteps: it must have 1 or more.")
     if name not in SCHEDULES:
         raise ValueError(
-            f"no noise schedule is called {name!r}{did_you_mean(name, SCHEDULES)}. There are: {', '.join(SCHEDULES)}."
+            f"no noise schedule is called {name!r}{did_you_mean(name, SCHEDULES)} There are: {', '.join(SCHEDULES)}."
         )
     if not 0 < end < 1 or not 0 < start < 1:
         raise ValueError(f"variances from {start} to {end}: both must lie between 0 and 1.")
@@ -69,7 +69,7 @@ def select_timesteps(selection: str | Sequence[int], steps: int, n: int = 1000, 
         return np.unique(chosen) if dedupe else chosen
     if selection not in SELECTIONS:
         hint = did_you_mean(selection, SELECTIONS)
-        raise ValueError(f"no selection of timesteps is called {selection!r}{hint}. There are: {', '.join(SELECTIONS)}.")
+        raise ValueError(f"no selection of timesteps is called {selection!r}{hint} There are: {', '.join(SELECTIONS)}.")
     if not 1 <= steps <= n:
         raise ValueError(f"{steps} sampling steps: there must be 1 or more, and at most {n}, the timesteps of the schedule.")
     if selection == "uniform":

@@ -51,7 +51,7 @@ class FlowConfig:
 
     def __post_init__(self):
         if self.size not in SIZES:
-            raise ValueError(f"size={self.size!r}{did_you_mean(self.size, SIZES)}. Sizes: {', '.join(SIZES)}.")
+            raise ValueError(f"size={self.size!r}{did_you_mean(self.size, SIZES)} Sizes: {', '.join(SIZES)}.")
         for name, allowed in (
             ("correlation", ("volume", "on_demand")),
             ("dtype", (None, "float32", "bfloat16")),

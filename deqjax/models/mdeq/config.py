@@ -114,7 +114,7 @@ class MDEQConfig:
           ValueError: there is none of that name.
         """
         if size not in SIZES:
-            raise ValueError(f"size={size!r}{did_you_mean(size, SIZES)}. Published: {', '.join(SIZES)}.")
+            raise ValueError(f"size={size!r}{did_you_mean(size, SIZES)} Published: {', '.join(SIZES)}.")
         return cls(**SIZES[size] | changes)
 
 
