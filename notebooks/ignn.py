@@ -60,6 +60,9 @@ from deqjax.training.start import trained_model
 from deqjax.viz import plot_convergence
 from experiments.ignn_nodes import NodeTask, graphs_of
 
+# Accelerators round products to few bits unless told not to, and a fixed point is no closer than what f is rounded to.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 config, workdir = load_config("configs/ignn_chains.py"), Path("runs/ignn_chains")
 is_trained = bool(committed_steps(workdir))
 if is_trained:  # by python -m experiments.ignn_nodes --config configs/ignn_chains.py --config.data.length=...
