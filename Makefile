@@ -1,4 +1,5 @@
-# `make demo` trains the offline language model, `make test` runs every test; both need only Python 3.11+.
+# `make demo` trains the offline language model, `make test` runs every test, `make docs` builds the guide into site/; each makes
+# .venv with what it needs, from nothing but Python 3.11 or newer.
 PYTHON ?= python3
 BIN = .venv/bin
 
