@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import deqjax
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 # Layer -> what of this project it may import.
@@ -44,6 +46,12 @@ def test_a_layer_imports_only_what_lies_below(layer):
             if name.split(".")[0] in ("deqjax", "configs", "experiments", "tests"):
                 assert any(name == a or name.startswith(a + ".") for a in ALLOWED[layer]), f"{path} imports {name}"
             assert name.split(".")[0] not in FORBIDDEN.get(layer, ()), f"{path} imports {name}"
+
+
+def test_type_checkers_see_the_public_names():
+    stub = ast.parse((ROOT / "deqjax" / "__init__.pyi").read_text())
+    seen = {alias.asname: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == deqjax._PUBLIC and (ROOT / "deqjax" / "py.typed").is_file()
 
 
 def test_importing_the_package_loads_nothing_optional():
