@@ -32,6 +32,14 @@ _EXPLANATIONS = {
     "the learning rate, or damp the solver.",
 }
 
+# What samples have done, in a sentence.
+_ENDS = {
+    Status.CONVERGED: "converged",
+    Status.STEP_LIMIT: "reached the step limit",
+    Status.DIVERGED: "diverged",
+    Status.NON_FINITE: "became non-finite",
+}
+
 # A sample that has not converged and ends this many times above its first absolute residual counts as diverged.
 DIVERGENCE_FACTOR = 10.0
 
@@ -89,6 +97,5 @@ class SolverStats:
         for status in Status:
             count = int((self.status == status).sum())
             if count:
-                name = status.name.lower().replace("_", " ")
-                lines.append(f"{count} of {self.status.shape[0]} samples {name}: {status.explanation}")
+                lines.append(f"{count} of {self.status.shape[0]} samples {_ENDS[status]}: {status.explanation}")
         return "\n".join(lines)
