@@ -1,6 +1,7 @@
 """Gradients by the implicit function theorem."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from deqjax.core.solvers.base import Solver, require
 from deqjax.core.solvers.krylov import LinearSolver
 from deqjax.core.solvers.picard import Picard
 from deqjax.core.solvers.shine import SHINE
-from deqjax.core.stats import SolverStats
+from deqjax.core.stats import SolverStats, Status
 
 
 def Neumann(terms: int) -> Picard:
@@ -34,7 +35,8 @@ class Implicit(Gradient):
 
     Attributes:
       solver: of the adjoint system.
-      polish: return f(z*), one application past the solver's result; it costs nothing when differentiating.
+      polish: return f(z*), one application past the solver's result, where it is finite; it costs nothing when
+        differentiating.
       jacobian_at: "point" takes J at z* ("hook_ift" in TorchDEQ), "image" at f(z*) with one more evaluation of f (its
         "ift"). They agree at convergence.
       forward_mode: give `jvp`, `hessian` and forward-over-reverse as well, at the cost of the adjoint statistics: there is
@@ -49,6 +51,8 @@ class Implicit(Gradient):
     def __post_init__(self):
         kinds = (Solver, LinearSolver, SHINE)
         require(isinstance(self.solver, kinds), "solver", self.solver, "a solver such as Anderson(max_steps=40) or GMRES()")
+        if isinstance(self.solver, Solver):
+            require(self.solver.max_steps >= 1, "max_steps", self.solver.max_steps, "1 or more, or nothing gets a gradient")
         require(self.jacobian_at in ("point", "image"), "jacobian_at", self.jacobian_at, '"point" or "image"')
         if self.forward_mode and (self.jacobian_at == "image" or isinstance(self.solver, SHINE)):
             raise ValueError('forward_mode needs jacobian_at="point" and a solver that is not SHINE.')
@@ -59,19 +63,26 @@ class Implicit(Gradient):
             return (self._with_tangents(rebuild, smooth, fixed, z_hat),)
         return (self._with_adjoint(rebuild, smooth, fixed, z_hat, probe, jax.lax.stop_gradient(method)),)
 
+    def _value(self, z: State, f: Callable[[State], State]) -> State:
+        if not self.polish:
+            return z
+        image = f(z)
+        # The image of a sample that ended in NaN may be that very NaN; z is finite.
+        return batched.select(jnp.isfinite(batched.norm(image)), image, z)
+
     # Reverse mode ----------------------------------------------------------------------------------------------------
 
     def _with_adjoint(self, rebuild, smooth, fixed, z_hat, probe, method):
         @jax.custom_vjp
         def state(smooth, fixed, z, probe, method):
-            return rebuild(smooth, fixed)(z) if self.polish else z
+            return self._value(z, rebuild(smooth, fixed))
 
         def forward(smooth, fixed, z, probe, method):
             # The identity in value. Differentiating this rule again, z moves with the parameters as it should.
             z = dataclasses.replace(self, polish=False).attach(rebuild(smooth, fixed), z, None, method)[-1]
             image, pullback = jax.vjp(lambda smooth, z: rebuild(smooth, fixed)(z), smooth, z)
             at_image = (smooth, fixed, image) if self.jacobian_at == "image" else None
-            return (image if self.polish else z), (pullback, at_image, probe, method)
+            return self._value(z, lambda _: image), (pullback, at_image, probe, method)
 
         def backward(residuals, cotangent):
             pullback, at_image, probe, method = residuals
@@ -114,14 +125,16 @@ class Implicit(Gradient):
         if not isinstance(self.solver, Solver):
             return self.solver.solve(linear, c, method)
         solved = solve(linear.plus(c), jax.tree.map(jnp.zeros_like, c), self.solver)
-        return solved.value, solved.stats
+        # Where c is not finite nothing is, and the zeros of the start would hide that.
+        nothing = (solved.stats.status == Status.NON_FINITE) & (solved.stats.best_step == 0)
+        return batched.select(nothing, c, solved.value), solved.stats
 
     # Forward mode ----------------------------------------------------------------------------------------------------
 
     def _with_tangents(self, rebuild, smooth, fixed, z_hat):
         @jax.custom_jvp
         def state(smooth, fixed, z):
-            return rebuild(smooth, fixed)(z) if self.polish else z
+            return self._value(z, rebuild(smooth, fixed))
 
         @state.defjvp
         def tangent(primals, tangents):
@@ -137,6 +150,6 @@ class Implicit(Gradient):
                 return self._solve_linear(hoist(lambda u: batched.subtract(u, residual_map(u)), b), b)[0]
 
             dz = jax.lax.custom_linear_solve(residual_map, explicit, solve_residual, solve_residual)
-            return (image if self.polish else z), dz
+            return self._value(z, lambda _: image), dz
 
         return state(smooth, fixed, z_hat)

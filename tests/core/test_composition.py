@@ -169,6 +169,16 @@ def test_nan_at_step_k_returns_the_best_finite_iterate(step):
     np.testing.assert_allclose(best[:, 0], [2.0, 1.0 if step > 1 else 0.0], rtol=1e-8)
 
 
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_the_solution_is_finite_where_only_its_image_is_not(forward_mode):
+    """f(z) at the best state of a sample that ended in NaN may be that very NaN."""
+    f = lambda z: jnp.where(z > 1.9, jnp.nan, z + jnp.asarray([[0.0], [1.0]]))
+    rule = Implicit(forward_mode=forward_mode)
+    solution = fixed_point(f, jnp.zeros((2, 3)), solver=Picard(max_steps=9), gradient=rule)
+    assert list(map(int, solution.stats.status)) == [Status.CONVERGED, Status.NON_FINITE]
+    np.testing.assert_array_equal(solution.value, jnp.asarray([[0.0], [2.0]]) * jnp.ones((2, 3)))
+
+
 @pytest.mark.parametrize("solver", [Anderson(tol=1e-9), Broyden(tol=1e-9), NewtonKrylov(tol=1e-9)], ids=named)
 def test_a_step_into_nan_does_not_reach_other_samples(solver):
     def f(z, broken):

@@ -106,6 +106,20 @@ def test_gradients_scale_with_the_loss_however_small_or_large(adjoint, dtype, pr
         np.testing.assert_allclose(gradient(jnp.asarray(scale, dtype)), gradient(jnp.ones((), dtype)), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=named)
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(adjoint, bad, problem):
+    """A gradient of zero would hide an overflow. Other samples' are what they would be."""
+    W, x = problem
+    solver = Broyden(tol=1e-6) if isinstance(adjoint, SHINE) else Anderson(tol=1e-6)
+    value = lambda W, x: fixed_point(cell, jnp.zeros_like(x), W, x, solver=solver, gradient=Implicit(solver=adjoint)).value
+    gradient = jax.jit(jax.grad(lambda W, x, weight: jnp.sum(value(W, x) * weight), argnums=(0, 1)))
+    weight = jnp.ones((4, 1))
+    (_, expected), (of_W, of_x) = gradient(W, x, weight), gradient(W, x, weight.at[0].set(bad))
+    assert not np.any(np.isfinite(of_W)) and not np.any(np.isfinite(of_x[0]))
+    np.testing.assert_allclose(of_x[1:], expected[1:], rtol=1e-6)
+
+
 @pytest.mark.parametrize("rule", [Implicit(solver=GMRES(max_steps=20, tol=1e-13)), Reversible()], ids=named)
 def test_integers_booleans_and_keys_may_be_captured(rule, problem):
     W, x = problem
