@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from deqjax.core import batched
 from deqjax.core.annotations import Array, Float, State
 from deqjax.core.hoist import Hoisted
-from deqjax.core.solve import Solved, residuals, solve, statistics_of_traces
+from deqjax.core.solve import Solved, check_samples, residuals, solve, statistics_of_traces
 from deqjax.core.solvers.base import Solver, require_count
 from deqjax.core.stats import SolverStats
 
@@ -130,6 +130,7 @@ class Unrolled(Gradient):
             carry = solver.step(f.detached(), z, f_z, method)
             return carry, (f_z if solver.candidate == "image" else z, residuals(*jax.lax.stop_gradient((z, f_z))))
 
+        check_samples(sample_at, solver.max_steps)
         if solver.max_steps == 0:
             return solve(f, z_init, solver)
         step = jax.checkpoint(step) if self.remat else step

@@ -36,7 +36,8 @@ class Reversible(Gradient):
     def solve(self, f, z_init, solver, sample_at=()):
         if sample_at:
             raise ValueError("Reversible keeps no states on its way, so there are none to sample (sample_at).")
-        n_steps = max(solver.max_steps // 2, 1)
+        require(solver.max_steps >= 2, "max_steps", solver.max_steps, "2 or more; Reversible evaluates f twice in every step")
+        n_steps = solver.max_steps // 2
         smooth, fixed, rebuild = f.split()
         mixed = lambda a, b: batched.mix(a, b, self.beta)  # noqa: E731
         unmixed = lambda new, b: jax.tree.map(lambda n, x: (n - self.beta * x) / (1 - self.beta), new, b)  # noqa: E731

@@ -78,9 +78,9 @@ def solve(
         # A hoisted map has been checked.
         z_init, f = as_state(z_init), lambda z, f=f: as_image(z, f(z))
         check_batch(z_init)
-    _check_samples(sample_at, solver.max_steps)
+    check_samples(sample_at, solver.max_steps)
     if solver.max_steps == 0:
-        return Solved(z_init, (), _unsolved(z_init))
+        return Solved(z_init, (), _unsolved(z_init), solver.init(z_init))
     if not solver.monitor:
         if limit is not None:
             raise ValueError("limit: a solve without residuals (monitor=False) takes all of its steps.")
@@ -249,7 +249,8 @@ def _unsolved(z_init) -> SolverStats:
     return SolverStats(infinite, infinite, none, none, empty, empty, jnp.full_like(none, Status.STEP_LIMIT))
 
 
-def _check_samples(sample_at, max_steps):
+def check_samples(sample_at, max_steps):
+    """Raises ValueError unless `sample_at` increases within the budget."""
     ordered = all(a < b for a, b in itertools.pairwise(sample_at))
-    if not ordered or any(not 1 <= s <= max(max_steps, 1) for s in sample_at):
+    if not ordered or any(not 1 <= s <= max_steps for s in sample_at):
         raise ValueError(f"sample_at={tuple(sample_at)}: must increase and lie between 1 and max_steps={max_steps}.")

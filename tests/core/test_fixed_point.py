@@ -343,6 +343,23 @@ def test_wrong_options_are_explained():
         deqjax.DEQ.from_config({"stop_mode": "rel"})
 
 
+@pytest.mark.parametrize("sample_at", [(0,), (3, 1), (5,)])
+@pytest.mark.parametrize("rule", [Implicit(), Unrolled()], ids=named)
+def test_steps_that_a_solve_does_not_take_are_not_sampled(rule, sample_at):
+    with pytest.raises(ValueError, match="max_steps=4"):
+        fixed_point(lambda z: 0.5 * z, jnp.zeros((1, 2)), solver=Picard(max_steps=4), gradient=rule, sample_at=sample_at)
+
+
+def test_a_budget_without_gradient_or_samples_is_refused():
+    with pytest.raises(ValueError, match="max_steps=0"):
+        Implicit(solver=Picard(max_steps=0))
+    with pytest.raises(ValueError, match=r"max_steps=1.*2 or more"):
+        fixed_point(lambda z: 0.5 * z, jnp.zeros((1, 2)), solver=Picard(max_steps=1), gradient=Reversible())
+    for rule in (Implicit(), Unrolled()):
+        with pytest.raises(ValueError, match="sample_at"):
+            fixed_point(lambda z: 0.5 * z, jnp.zeros((1, 2)), solver=Picard(max_steps=0), gradient=rule, sample_at=(1,))
+
+
 def test_a_registered_solver_is_known_by_name(problem):
     class Half(Picard):
         pass
