@@ -221,7 +221,7 @@ def _solve_unmonitored(f, z_init, solver, sample_at):
     last, _ = solver.step(f, z, f_z, method)
     samples = [last if at == solver.max_steps else sample for at, sample in zip(sample_at, samples[:-1], strict=True)]
 
-    stats = statistics_of_traces(*(residual[:, None] for residual in residuals(z, last)), solver)
+    stats = statistics_of_traces(*(residual[:, None] for residual in residuals(z, f_z)), solver)
     return Solved(last, tuple(samples), stats, method)
 
 

@@ -12,6 +12,7 @@ from deqjax.core.gradients import adjoint_probe, damped
 from deqjax.core.hoist import Hoisted, as_state, check_batch, hoist
 from deqjax.core.implicit import Implicit
 from deqjax.core.solve import solve
+from deqjax.core.solvers import Picard
 from deqjax.core.stability import spectral_radius
 from deqjax.core.stats import SolverStats
 from deqjax.nn.config import DEQConfig
@@ -130,10 +131,9 @@ class DEQ(nnx.Module):
     def _solve(self, f: Hoisted, z, budget, tol, options, sample_at=()):
         tol, limit = options.get("f_tol", tol), options.get("f_limit")
         options = {name: value for name, value in options.items() if name not in ("f_tol", "f_limit")}
-        if self.config.preset == "torchdeq" and self.config.f_solver in ("picard", "fixed_point_iter"):
-            # The original measures the residual of the damped map.
-            options = {"tau": 1.0, **self.config.f_options, **options}
-            tau, options = options["tau"], options | {"tau": 1.0}
-            f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
         solver = self.config.forward_solver(budget, tol, options)
+        if self.config.preset == "torchdeq" and isinstance(solver, Picard):
+            # The original measures the residual of the damped map.
+            tau, solver = solver.damping, dataclasses.replace(solver, damping=1.0)
+            f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
         return solve(f.detached(), z, solver, sample_at, limit)

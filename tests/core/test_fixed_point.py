@@ -360,6 +360,17 @@ def test_a_budget_without_gradient_or_samples_is_refused():
             fixed_point(lambda z: 0.5 * z, jnp.zeros((1, 2)), solver=Picard(max_steps=0), gradient=rule, sample_at=(1,))
 
 
+@pytest.mark.parametrize("solver", [Picard(damping=0.3), Anderson(), Broyden()], ids=named)
+def test_without_monitoring_the_one_residual_is_the_last_that_monitoring_measures(solver):
+    f = lambda z: jnp.cos(z) + 0.1 * z[:, ::-1]
+    residuals = []
+    for monitor in (False, True):
+        solver = dataclasses.replace(solver, max_steps=3, tol=0.0, monitor=monitor)
+        stats = solve(f, jnp.linspace(0, 1, 6).reshape(2, 3), solver).stats
+        residuals.append((stats.abs_trace[:, -1], stats.rel_trace[:, -1]))
+    np.testing.assert_allclose(*residuals, rtol=1e-12)
+
+
 def test_a_registered_solver_is_known_by_name(problem):
     class Half(Picard):
         pass

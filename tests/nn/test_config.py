@@ -48,6 +48,21 @@ def test_solves_without_statistics():
     assert isinstance(solver, Picard) and not solver.monitor
 
 
+@pytest.mark.parametrize("f_solver", ["fixed_point_iter", "simple_fixed_point_iter"])
+def test_the_preset_takes_damping_by_either_name(f_solver):
+    """And reports the residual of the damped map, as the original does."""
+    outs = [
+        DEQ(preset="torchdeq", f_solver=f_solver, f_max_iter=3, f_options={name: 0.3})(jnp.cos, jnp.zeros((1, 2)), train=False)
+        for name in ("tau", "damping")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *outs)
+    z = [0.0]
+    for _ in range(3):
+        z.append(0.7 * z[-1] + 0.3 * np.cos(z[-1]))
+    np.testing.assert_allclose(outs[0].states[-1], z[-1], rtol=1e-12)
+    np.testing.assert_allclose(outs[0].stats.abs_lowest, 2**0.5 * (z[-1] - z[-2]), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("settings", "sliced", "sampled"),
     [
