@@ -12,7 +12,7 @@ def plot_convergence(stats: SolverStats, ax=None, *, mode: str = "rel", tol: flo
     """Residual against evaluations of f, one line a sample, or the median and the bands around it when there are many.
 
     Args:
-      stats: of a solve, outside `jit`.
+      stats: of a solve, or of many under `vmap`; outside `jit`.
       ax: Matplotlib axes to draw on; None makes a figure.
       mode: "rel" or "abs".
       tol: draws the tolerance as a line.
@@ -27,6 +27,7 @@ def plot_convergence(stats: SolverStats, ax=None, *, mode: str = "rel", tol: flo
     if mode not in ("abs", "rel"):
         raise ValueError(f'mode={mode!r}: must be "abs" or "rel".')
     trace_BN = np.asarray(getattr(stats, f"{mode}_trace"), np.float64)
+    trace_BN = trace_BN.reshape(stats.status.size, trace_BN.shape[-1])
     if not trace_BN.size:
         raise ValueError("these statistics have no trace: the solve took no steps.")
     if not np.any(np.isfinite(trace_BN)):
@@ -38,7 +39,7 @@ def plot_convergence(stats: SolverStats, ax=None, *, mode: str = "rel", tol: flo
 
     ax = plt.figure(figsize=(6, 4)).add_subplot() if ax is None else ax
     steps = np.arange(1, trace_BN.shape[1] + 1)
-    taken_B = np.asarray(stats.steps) if trace_BN.shape[1] > 1 else np.ones(len(trace_BN))
+    taken_B = np.ravel(stats.steps) if trace_BN.shape[1] > 1 else np.ones(len(trace_BN))
     # The padding after a sample's end is not a measurement.
     trace_BN = np.where(steps[None] <= taken_B[:, None], trace_BN, np.nan)
     if len(trace_BN) <= _LINES:

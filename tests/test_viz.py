@@ -1,5 +1,6 @@
 """Pictures are drawn from statistics."""
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -25,6 +26,11 @@ def test_residuals_are_drawn_until_each_sample_ends(samples, tmp_path):
         np.testing.assert_array_equal(drawn, stats.steps)
     ax.figure.savefig(tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_samples_of_many_solves_are_drawn_as_those_of_one():
+    solve = lambda x: fixed_point(lambda z: 0.5 * z + x, jnp.zeros((2, 4)), solver=Picard(max_steps=5))
+    assert len(plot_convergence(jax.vmap(solve)(jnp.ones(3)).stats).lines) == 6
 
 
 def test_what_cannot_be_drawn_is_explained():

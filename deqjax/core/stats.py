@@ -85,7 +85,7 @@ class SolverStats:
         }
         dtype = self.abs_lowest.dtype
         if counted is None:
-            samples = jnp.asarray(self.status.shape[0], dtype)
+            samples = jnp.asarray(self.status.size, dtype)
         else:
             samples = jnp.sum(counted.astype(dtype))
             columns = {name: jnp.where(counted, x, 0) for name, x in columns.items()}
@@ -97,5 +97,5 @@ class SolverStats:
         for status in Status:
             count = int((self.status == status).sum())
             if count:
-                lines.append(f"{count} of {self.status.shape[0]} samples {_ENDS[status]}: {status.explanation}")
+                lines.append(f"{count} of {self.status.size} samples {_ENDS[status]}: {status.explanation}")
         return "\n".join(lines)

@@ -360,6 +360,12 @@ def test_a_budget_without_gradient_or_samples_is_refused():
             fixed_point(lambda z: 0.5 * z, jnp.zeros((1, 2)), solver=Picard(max_steps=0), gradient=rule, sample_at=(1,))
 
 
+def test_statistics_of_many_solves_count_all_of_their_samples():
+    stats = jax.vmap(lambda x: fixed_point(lambda z: 0.5 * z + x, jnp.zeros_like(x)))(jnp.ones((3, 2, 4))).stats
+    assert stats.explain().startswith("6 of 6 samples")
+    assert stats.sums()["samples"] == stats.sums()["converged"] == 6
+
+
 @pytest.mark.parametrize("solver", [Picard(damping=0.3), Anderson(), Broyden()], ids=named)
 def test_without_monitoring_the_one_residual_is_the_last_that_monitoring_measures(solver):
     f = lambda z: jnp.cos(z) + 0.1 * z[:, ::-1]
