@@ -43,6 +43,9 @@ def check_gradients(
 
     Returns:
       |gradient - reference| / |reference| over all `args` together, by the name of the rule.
+
+    Raises:
+      ValueError: there is nothing to compare: no floating-point array among the `args`.
     """
     key = jax.random.key(0) if key is None else key
     leaves, structure = jax.tree.flatten(z_init)
@@ -60,6 +63,8 @@ def check_gradients(
     is_float = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)  # noqa: E731
     flat, treedef = jax.tree.flatten(args)
     smooth = [x for x in flat if is_float(x)]
+    if not smooth:
+        raise ValueError("check_gradients compares gradients to floating-point args, and there are none: pass f's parameters.")
 
     def gradient(rule):
         def loss(smooth):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from deqjax.core import batched
 from deqjax.core.annotations import Array, Float, Inexact, Key, PyTree, State
+from deqjax.core.hoist import as_image, as_state
 from deqjax.core.solvers.base import require, require_count
 
 
@@ -32,9 +33,11 @@ def jacobian_loss(
       probes: the probes themselves instead, a state with a leading axis of them on every leaf.
 
     Raises:
+      TypeError: f does not map states to states, or a leaf is not floating point.
       ValueError: there is neither a key nor probes, or n_probes is not 1 or more.
     """
     require_count("n_probes", n_probes, 1)
+    z = as_state(z)
     leaves, structure = jax.tree.flatten(z)
     if probes is None:
         if key is None:
@@ -43,7 +46,7 @@ def jacobian_loss(
         drawn = [jax.random.normal(k, (n_probes, *x.shape), x.dtype) for k, x in zip(keys, leaves, strict=True)]
         probes = jax.tree.unflatten(structure, drawn)
     size = sum(x.size for x in leaves)
-    pullback = jax.vjp(f, z)[1]
+    pullback = jax.vjp(lambda z: as_image(z, f(z)), z)[1]
 
     def squared(v):
         vjp = pullback(v)[0]
@@ -76,10 +79,12 @@ def spectral_radius(
       method: "power" or "arnoldi".
 
     Raises:
+      TypeError: f does not map states to states, or a leaf is not floating point.
       ValueError: there is no such method, neither a key nor a start, or steps is not 1 or more.
     """
     require(method in ("power", "arnoldi"), "method", method, '"power" or "arnoldi"')
     require_count("steps", steps, 1)
+    z = as_state(z)
     if start is None:
         if key is None:
             raise ValueError("spectral_radius draws its start: give a key, or the start itself.")
@@ -87,7 +92,7 @@ def spectral_radius(
         keys = jax.random.split(key, len(leaves))
         drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
         start = jax.tree.unflatten(structure, drawn)
-    pullback = jax.vjp(f, z)[1]
+    pullback = jax.vjp(lambda z: as_image(z, f(z)), z)[1]
     if method == "arnoldi":
         return _radius_of_small(_hessenberg(lambda v: pullback(v)[0], start, steps))
 

@@ -1,5 +1,7 @@
 """Estimates of stability against matrices whose answers are known; the comparison of gradient rules."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +46,25 @@ def test_check_gradients_ranks_the_rules(problem):
     assert errors["phantom, 50 steps"] < errors["phantom, 5 steps"] < errors["one step"]
 
 
-def test_a_jacobian_loss_without_probes_asks_for_a_key():
+def test_check_gradients_needs_something_to_differentiate():
+    with pytest.raises(ValueError, match="args"):
+        deqjax.check_gradients(lambda z, n: 0.5 * z, jnp.zeros((2, 3)), jnp.arange(3))
+
+
+def test_what_cannot_be_estimated_is_explained():
+    z, key = jnp.zeros((2, 3)), jax.random.key(0)
     with pytest.raises(ValueError, match="give a key"):
-        jacobian_loss(jnp.tanh, jnp.zeros((2, 3)))
+        jacobian_loss(jnp.tanh, z)
+    for estimate in (jacobian_loss, spectral_radius):
+        with pytest.raises(TypeError, match="keep shape and dtype"):
+            estimate(lambda z: z[:, :2], z, key)
+        with pytest.raises(TypeError, match="floating point"):
+            inspect.unwrap(estimate)(lambda z: z, z.astype(int), key)
+    for method in ("power", "arnoldi"):
+        with pytest.raises(ValueError, match="steps=0"):
+            spectral_radius(jnp.tanh, z, key, steps=0, method=method)
+    with pytest.raises(ValueError, match="n_probes=0"):
+        jacobian_loss(jnp.tanh, z, key, n_probes=0)
 
 
 @pytest.mark.parametrize("method", ["power", "arnoldi"])
