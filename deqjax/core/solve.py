@@ -185,9 +185,9 @@ def _sample(carry: _Carry, sample_steps, i: int):
 
 def _statistics(carry: _Carry, solver: Solver) -> SolverStats:
     lowest = carry.abs_lowest if solver.stop_mode == "abs" else carry.rel_lowest
-    # By the absolute residual: relative to a state that grows with it, it does not.
-    last = jnp.take_along_axis(carry.abs_trace, jnp.maximum(carry.steps - 1, 0)[None], axis=0)[0]
-    status = jnp.where(last > DIVERGENCE_FACTOR * carry.abs_trace[0], Status.DIVERGED, Status.STEP_LIMIT)
+    end = jnp.maximum(carry.steps - 1, 0)[None]
+    absolute, relative = (jnp.take_along_axis(trace, end, axis=0)[0] for trace in (carry.abs_trace, carry.rel_trace))
+    status = _unfinished(carry.abs_trace[0], absolute, relative, carry.steps)
     status = jnp.where(lowest < solver.tol, Status.CONVERGED, status)
     status = jnp.where(carry.finite, status, Status.NON_FINITE)
 
@@ -228,11 +228,19 @@ def _solve_unmonitored(f, z_init, solver, sample_at):
 def statistics_of_traces(abs_trace: Float[Array, "B N"], rel_trace: Float[Array, "B N"], solver: Solver) -> SolverStats:
     """Statistics of a solve that took its whole budget and returns its last state, from the residuals that it recorded."""
     trace = abs_trace if solver.stop_mode == "abs" else rel_trace
-    status = jnp.where(abs_trace[:, -1] > DIVERGENCE_FACTOR * abs_trace[:, 0], Status.DIVERGED, Status.STEP_LIMIT)
+    status = _unfinished(abs_trace[:, 0], abs_trace[:, -1], rel_trace[:, -1], solver.max_steps)
     status = jnp.where(trace[:, -1] < solver.tol, Status.CONVERGED, status)
     status = jnp.where(jnp.all(jnp.isfinite(trace), axis=1), status, Status.NON_FINITE).astype(jnp.int32)
     steps = jnp.full_like(status, solver.max_steps)
     return SolverStats(abs_trace[:, -1], rel_trace[:, -1], steps, steps, abs_trace, rel_trace, status)
+
+
+def _unfinished(first, last, relative, steps):
+    """Diverged or not, by the first and the last absolute residual, and the last relative one, of a solve of so many steps."""
+    # Relative to a state that grows with it, a residual does not grow. But growth by the factor within n steps moves the
+    # state by more than 1/n of itself a step; with less, the residual is large because the solution is.
+    diverged = (last > DIVERGENCE_FACTOR * first) & (relative * jnp.asarray(steps, relative.dtype) > 1)
+    return jnp.where(diverged, Status.DIVERGED, Status.STEP_LIMIT)
 
 
 def residuals(z: State, f_z: State) -> tuple[Float[Array, " B"], Float[Array, " B"]]:

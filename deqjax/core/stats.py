@@ -40,7 +40,8 @@ _ENDS = {
     Status.NON_FINITE: "became non-finite",
 }
 
-# A sample that has not converged and ends this many times above its first absolute residual counts as diverged.
+# A sample that has not converged and ends this many times above its first absolute residual counts as diverged, unless its
+# relative residual is small.
 DIVERGENCE_FACTOR = 10.0
 
 

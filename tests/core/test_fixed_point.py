@@ -235,6 +235,21 @@ def test_divergence_is_reported(stop_mode, gradient):
     assert "does not contract" in stats.explain()
 
 
+@pytest.mark.parametrize("gradient", [Implicit(), Unrolled()], ids=named)
+def test_a_residual_that_grew_with_the_state_alone_is_no_divergence(gradient):
+    """Far from normal: states of 1e10 from a start at 0, with a relative residual that falls all the while."""
+    A = 0.5 * jnp.eye(24) + 2 * jnp.eye(24, k=-1)
+    stats = [
+        fixed_point(lambda z: z @ A + 1, jnp.zeros((1, 24)), solver=Picard(max_steps=n, tol=1e-8), gradient=gradient).stats
+        for n in (95, 120)
+    ]
+    assert stats[0].abs_trace[0, -1] > 100 * stats[0].abs_trace[0, 0] and stats[0].rel_lowest[0] < 1e-6
+    assert [int(s.status[0]) for s in stats] == [Status.STEP_LIMIT, Status.CONVERGED]
+    # Slow growth is divergence all the same.
+    slow = fixed_point(lambda z: 1.01 * z + 1, jnp.zeros((1, 2)), solver=Picard(max_steps=300), gradient=gradient).stats
+    assert slow.status[0] == Status.DIVERGED
+
+
 def test_every_sampled_step_is_returned_even_after_an_early_stop():
     solver = Picard(max_steps=40, tol=1e-6)
     best, samples, stats, _ = solve(lambda z: 0.1 * z + 1, jnp.zeros((1, 2)), solver, (1, 3, 40))
