@@ -59,6 +59,12 @@ def test_every_adjoint_solver_gives_the_unrolled_gradient(adjoint, problem, expe
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
+def test_newtons_unrolled_gradient_is_exact_though_its_inner_solves_are_not(problem, expected):
+    got = jax.jit(jax.grad(loss(Unrolled(), NewtonKrylov(max_steps=8)), argnums=(0, 1)))(*problem)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
 @pytest.mark.parametrize("adjoint", [ADJOINTS[1], *ADJOINTS[5:8]], ids=named)
 def test_every_adjoint_solver_can_be_differentiated_again(adjoint, problem):
     W, x = problem

@@ -70,7 +70,7 @@ class LinearSolver:
           linear: A on the batch; its samples must not depend on each other.
           c: right-hand side.
           method: state of the forward solver, of no use here.
-          tol: one for each sample instead of the solver's.
+          tol: one for each sample instead of the solver's. The transposed solve of a derivative keeps to the solver's.
 
         Returns:
           The solution and its statistics; `jax.scipy` does not count its steps, so the budget stands for them. A sample
@@ -106,7 +106,12 @@ class LinearSolver:
 
         matvec, rmatvec = operator(residual_map, transposed_map), operator(transposed_map, residual_map)
         tol = jnp.full_like(batched.norm(c), self.tol) if tol is None else tol
-        solve_one = lambda c, tol: self._solve_one(matvec, rmatvec, c, tol)  # noqa: E731
+
+        def solve_one(c, tol):
+            solve = lambda _, c: self._solve_one(matvec, rmatvec, c, tol)  # noqa: E731
+            transposed = lambda _, c: self._solve_one(rmatvec, matvec, c, self.tol)  # noqa: E731
+            return jax.lax.custom_linear_solve(matvec, c, solve, transposed)
+
         # The system is linear, so its size is free; jax.scipy takes what is below the dtype's resolution for zero.
         size = batched.largest(c)
         size = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
