@@ -135,8 +135,10 @@ class DEQConfig:
             raise ValueError(
                 f'no_stat=True, but f_solver={self.f_solver!r} cannot do without residuals: use "fixed_point_iter".'
             )
-        if self.b_solver == "shine" and self.f_solver != "broyden":
-            raise ValueError('b_solver="shine" reuses what the forward solve learnt: it needs f_solver="broyden".')
+        if self.b_solver == "shine" and (self.f_solver != "broyden" or self.preset == "torchdeq"):
+            raise ValueError(
+                'b_solver="shine" reuses what the forward solve learnt: it needs f_solver="broyden", without preset="torchdeq".'
+            )
         # Whatever else is wrong with a solver or a gradient shows when it is made.
         self.forward_solver(self.f_max_iter, self.f_tol)
         self.backward_solver()

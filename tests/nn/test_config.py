@@ -97,6 +97,7 @@ def test_the_last_phantom_state_is_returned_once():
     ("settings", "message"),
     [
         ({"b_solver": "shine"}, "needs f_solver"),
+        ({"b_solver": "shine", "f_solver": "broyden", "preset": "torchdeq"}, "without preset"),
         ({"no_stat": True, "f_solver": "broyden"}, "no_stat"),
         ({"f_tol_start": 0.1}, "needs both"),
         ({"f_tol_start": 0.1, "f_tol_anneal_steps": 5, "f_tol": 0.0}, "positive"),
