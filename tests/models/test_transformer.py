@@ -176,6 +176,20 @@ def test_a_solve_in_bfloat16_is_close_to_one_in_float32():
     assert max(map(float, jax.tree.leaves(difference))) < 0.1
 
 
+def test_initial_weights_are_drawn_as_in_the_originals():
+    """With `init="uniform"` all but the projections; deq-seq keeps PyTorch's default where normalisation hides the weights."""
+    spread = lambda variable: float(np.std(variable[...]))
+    drawn = dict(init_range=0.3 * 3**0.5, proj_init_std=0.02, init_std=0.05, d_model=64, n_head=2, d_head=32, d_inner=64)
+    lm = build(**drawn, init="uniform", recipe="deq-lm", norm="pre_bounded")
+    for variable in (lm.injection.kernel, lm.cell.blocks[0].attention.qkv.kernel, lm.embedding.tables[0]):
+        assert spread(variable) == pytest.approx(0.3, rel=0.05)
+    for projection in (lm.embedding.projections[1], lm.softmax.projections[0]):
+        assert spread(projection) == pytest.approx(0.02, rel=0.05)
+    for norm_type, expected in (("weight_norm", 64**-0.5 / 3**0.5), ("none", 0.05)):
+        lm = build(EQUILIBRIUM | {"norm_type": norm_type}, **drawn)
+        assert spread(lm.cell.blocks[0].inner.kernel) == pytest.approx(expected, rel=0.05)
+
+
 def test_wrong_sizes_are_explained():
     with pytest.raises(ValueError, match="must equal d_model"):
         build(n_head=3)

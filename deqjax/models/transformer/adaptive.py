@@ -18,12 +18,6 @@ from deqjax.models.transformer.config import TransformerConfig
 _TAIL_BUDGET = 2**21
 
 
-def _normal(rngs, shape, std, config: TransformerConfig):
-    if config.init == "uniform":
-        return jax.random.uniform(rngs.params(), shape, minval=-config.init_range, maxval=config.init_range)
-    return std * jax.random.normal(rngs.params(), shape)
-
-
 class AdaptiveEmbedding(nnx.Module):
     """Token ids `[B, L]` to embeddings `[B, L, D]`, scaled by sqrt(D)."""
 
@@ -33,9 +27,9 @@ class AdaptiveEmbedding(nnx.Module):
         if config.div_val == 1:
             ends, widths = [0, config.n_tokens], [config.embed_width]
         sizes = [b - a for a, b in itertools.pairwise(ends)]
-        tables = [_normal(rngs, (n, width), config.init_std, config) for n, width in zip(sizes, widths, strict=True)]
+        tables = [config.initial(rngs.params(), shape) for shape in zip(sizes, widths, strict=True)]
         self.tables = nnx.List([nnx.Param(t) for t in tables])
-        projections = [_normal(rngs, (config.d_model, w), config.proj_init_std, config) for w in widths]
+        projections = [config.initial_projection(rngs.params(), width) for width in widths]
         self.projections = nnx.List([nnx.Param(p) for p in projections] if config.has_projections else [])
 
     def __call__(self, tokens: Int[ArrayLike, "B L"]) -> Float[Array, "B L D"]:
@@ -81,20 +75,19 @@ class AdaptiveSoftmax(nnx.Module):
             self.tables = embedding.tables
         else:
             shapes = [t[...].shape for t in embedding.tables]
-            self.tables = nnx.List([nnx.Param(_normal(rngs, shape, config.init_std, config)) for shape in shapes])
+            self.tables = nnx.List([nnx.Param(config.initial(rngs.params(), shape)) for shape in shapes])
         self.biases = nnx.List([nnx.Param(jnp.zeros((t[...].shape[0],))) for t in self.tables])
         self.projections = nnx.List([])
         if config.has_projections:
             for i, width in enumerate(widths):
                 shared = embedding.projections[i if config.div_val > 1 else 0]
-                fresh = lambda width=width: nnx.Param(_normal(rngs, (config.d_model, width), config.proj_init_std, config))  # noqa: E731
                 if i == 0 or config.tie_projections == "none":
-                    self.projections.append(fresh())
+                    self.projections.append(nnx.Param(config.initial_projection(rngs.params(), width)))
                 elif config.tie_projections == "upstream":
                     self.projections.append(nnx.Param(shared[...]))
                 else:
                     self.projections.append(shared)
-        self.cluster_weight = nnx.Param(_normal(rngs, (n_tails, widths[0]), config.init_std, config)) if n_tails else None
+        self.cluster_weight = nnx.Param(config.initial(rngs.params(), (n_tails, widths[0]))) if n_tails else None
         self.cluster_bias = nnx.Param(jnp.zeros((n_tails,))) if n_tails else None
 
     def log_prob(self, h: Float[Array, "B L D"]) -> Float[Array, "B L V"]:

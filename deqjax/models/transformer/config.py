@@ -4,6 +4,9 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
+import jax
+
+from deqjax.core.annotations import Array, Float, Key
 from deqjax.nn.config import DEQConfig
 
 # The originals read local_size=0 as this window, whatever the memory.
@@ -32,7 +35,8 @@ class TransformerConfig:
       position_dropout: "features", or "positions" as deq-seq has it; None takes the recipe's.
       dtype: of states and weights inside the solve, e.g. "bfloat16"; None is the parameters' own. Norms' statistics,
         attention probabilities, residuals, the softmax and the memory stay in float32.
-      init: "normal" or "uniform", with `init_std`, `proj_init_std`, `init_range`.
+      init: of tables and kernels, "normal" with `init_std` or "uniform" within `init_range`; projections are always normal,
+        with `proj_init_std`.
     """
 
     recipe: str = "deq-lm"
@@ -90,6 +94,16 @@ class TransformerConfig:
             raise ValueError(
                 f"cutoffs={tuple(self.cutoffs)}: must be integers that increase and lie below n_tokens={self.n_tokens}."
             )
+
+    def initial(self, key: Key[Array, ""], shape: Sequence[int], dtype=float) -> Float[Array, "..."]:
+        """First values of a table or a kernel."""
+        if self.init == "uniform":
+            return jax.random.uniform(key, shape, dtype, -self.init_range, self.init_range)
+        return self.init_std * jax.random.normal(key, shape, dtype)
+
+    def initial_projection(self, key: Key[Array, ""], width: int) -> Float[Array, "D E"]:
+        """First values of a cluster's projection."""
+        return self.proj_init_std * jax.random.normal(key, (self.d_model, width))
 
     @property
     def affine(self) -> bool:

@@ -23,7 +23,7 @@ from deqjax.models.transformer.memory import Memory
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.deq import DEQ
 from deqjax.nn.dropout import VariationalDropout, apply_mask
-from deqjax.nn.layers import LinearWeights
+from deqjax.nn.layers import LinearWeights, uniform
 
 
 class Masks(NamedTuple):
@@ -48,8 +48,8 @@ class Output(NamedTuple):
 class Linear(nnx.Module):
     """A plain linear layer with bias."""
 
-    def __init__(self, n_in, n_out, kernel):
-        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(jnp.zeros((n_out,)))
+    def __init__(self, kernel):
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(jnp.zeros((kernel.shape[1],)))
 
     def __call__(self, x):
         return LinearWeights(self.kernel[...], self.bias[...])(x)
@@ -69,8 +69,10 @@ class DEQTransformer(nnx.Module):
         D = config.d_model
         self.config, self.deq = config, DEQ(deq)
         self.embedding = AdaptiveEmbedding(config, rngs)
-        self.injection = Linear(D, 3 * D, config.init_std * jax.random.normal(rngs.params(), (D, 3 * D)))
-        self.cell = Cell(config, deq, _cell_init(config), rngs)
+        self.injection = Linear(config.initial(rngs.params(), (D, 3 * D)))
+        # In deq-seq the framework's default survives, because normalisation hides the weights from the script.
+        hidden = config.recipe == "deq-seq" and deq.norm_type != "none"
+        self.cell = Cell(config, deq, uniform if hidden else config.initial, rngs)
         self.softmax = AdaptiveSoftmax(config, self.embedding, rngs)
 
     # Encode ----------------------------------------------------------------------------------------------------------
@@ -182,15 +184,6 @@ class DEQTransformer(nnx.Module):
         """Jacobian regularisation at the last state; moves the equilibrium as well as f."""
         f = lambda z: self.cell(z, output.injection)  # noqa: E731
         return jacobian_loss(f, output.states[-1], key, probes=probes)
-
-
-def _cell_init(config: TransformerConfig):
-    """Kernel initialiser of f. In deq-seq the framework's default survives, because normalisation hides the weights."""
-    if config.recipe == "deq-seq":
-        return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -1, 1) / shape[0] ** 0.5
-    if config.init == "uniform":
-        return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -config.init_range, config.init_range)
-    return lambda key, shape, dtype: config.init_std * jax.random.normal(key, shape, dtype)
 
 
 def _monitor(f, z) -> SolverStats:
