@@ -139,10 +139,11 @@ class LanguageModelTask:
 
     def _jacobian_term(self, lm, out, key_probe, key_choice, step):
         """Weighted Jacobian loss, present with the configured probability."""
-        c = self.deq
-        if c.jac_loss_weight == 0 or c.jac_loss_freq == 0:
+        c, weight = self.deq, self.deq.jac_loss_weight
+        if weight == 0 or c.jac_loss_freq == 0:
             return 0.0
-        weight = c.jac_loss_weight + (0.1 * (step // c.jac_incremental) if c.jac_incremental else 0.0)
+        if every := c.jac_incremental:
+            weight += 0.1 * (step // every - self.config.pretrain_steps // every)  # not in the pre-training phase
         chosen = jax.random.bernoulli(key_choice, c.jac_loss_freq)
         dtype = batched.accumulation_dtype(out.states[-1])
         return weight * jax.lax.cond(chosen, lambda: lm.jacobian_loss(out, key_probe), lambda: jnp.zeros((), dtype))
@@ -197,7 +198,7 @@ class LanguageModelTask:
             )
             if self.architecture.norm != "pre":
                 # Twice the budget of evaluation, and no stopping before it is spent.
-                budget = 2 * (self.deq.eval_f_max_iter or int(self.deq.f_max_iter * self.deq.eval_factor))
+                budget = 2 * self.deq.eval_budget()
                 twice = self.evaluate(model, split, {"eval_f_max_iter": budget, "f_tol": 0.0})
                 print(f"{split}: perplexity {twice['perplexity']:.2f} after {budget} solver steps")
 
@@ -248,6 +249,8 @@ def _check_settings(config) -> None:
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise ValueError(f"{name}={value}: must be {minimum} or more.")
+    if config.warm_start and not min(config.model.mem_len, data.eval_mem_len):
+        raise ValueError("warm_start=True begins at the states in the memory: it needs model.mem_len and data.eval_mem_len.")
 
 
 def _last_segment(memory: Memory, length: int):

@@ -12,7 +12,7 @@ from deqjax.core.gradients import Gradient, Phantom
 from deqjax.core.implicit import Implicit
 from deqjax.core.naming import did_you_mean
 from deqjax.core.solvers import Broyden, Solver, get_solver, solver_names, with_options
-from deqjax.core.solvers.base import require_count
+from deqjax.core.solvers.base import require, require_count
 from deqjax.core.solvers.krylov import LINEAR_SOLVERS, LinearSolver
 from deqjax.core.solvers.shine import SHINE
 from deqjax.core.solvers.torchdeq import torchdeq_solver
@@ -116,6 +116,9 @@ class DEQConfig:
         _choice("norm_type", self.norm_type, ("weight_norm", "spectral_norm", "none"))
         for name, least in (("f_max_iter", 0), ("eval_f_max_iter", 0), ("b_max_iter", 1), ("n_states", 1)):
             require_count(name, getattr(self, name), least)
+        for name in ("jac_loss_weight", "jac_incremental"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.jac_loss_freq <= 1, "jac_loss_freq", self.jac_loss_freq, "from 0 to 1, the share of training steps")
         if self.core == "indexing" and self.f_max_iter < 1:
             raise ValueError('core="indexing" takes its states from the solve, but f_max_iter=0 solves nothing; use "sliced".')
         if any(not 1 <= step <= self.f_max_iter for step in self.indexing):

@@ -292,11 +292,15 @@ def test_two_processes_train_save_and_go_on(corpus, tmp_path):
 
 
 def test_the_pretraining_phase_unrolls_and_then_solves(corpus):
-    task = small_task(corpus, **{"pretrain_steps": 3})
+    """Without the Jacobian term, whose weight grows at every second step after the phase, not within it."""
+    weights = {"deq.jac_loss_weight": 0.1, "deq.jac_loss_freq": 1.0, "deq.jac_incremental": 2}
+    task = small_task(corpus, **weights, **{"pretrain_steps": 3})
     model = task.model(nnx.Rngs(0))
-    batch = task.data("train").batch(0)
-    steps = [float(task.loss(model, batch, jax.random.key(0), np.int32(k))[1]["forward/steps"][0]) for k in (0, 3)]
-    assert steps[0] == 0 and steps[1] > 0
+    batch, key = task.data("train").batch(0), jax.random.key(0)
+    before, after, grown = (task.loss(model, batch, key, np.int32(k))[1] for k in (0, 3, 4))
+    assert before["forward/steps"][0] == 0 and after["forward/steps"][0] > 0
+    assert before["jacobian"][0] == 0 and after["jacobian"][0] > 0
+    np.testing.assert_allclose(grown["jacobian"][0], 2 * after["jacobian"][0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +324,9 @@ def test_the_pretraining_phase_unrolls_and_then_solves(corpus):
         (["--config.data.length=0"], "data.length=0"),
         (["--config.data.eval_batch_size=5000"], "5000 streams"),
         (["--config.generate.top_k=-1"], "generate.top_k=-1"),
+        (["--config.warm_start=True", "--config.model.mem_len=0"], "needs model.mem_len"),
+        (["--config.deq.jac_loss_freq=1.5"], "jac_loss_freq=1.5: must be from 0 to 1"),
+        (["--config.deq.jac_incremental=-1"], "jac_incremental=-1: must be 0 or more"),
         (["--config.optimizer.name=adamax"], "did you mean 'adam'"),
         (["--workdir=/dev/null/run"], "/dev/null"),
     ],
