@@ -7,6 +7,7 @@ Modes: train (and resume), eval (validation and test perplexity), generate (a co
 export (the weights as a PyTorch state dict, to `config.export_path`). `config.init_from` takes another run or such a file.
 """
 
+import re
 import sys
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 
 from deqjax.core import batched
 from deqjax.data.pydoc import pydoc
-from deqjax.data.text import OrderedBatches, TextCorpus, unigram_perplexity
+from deqjax.data.text import EOS, OrderedBatches, TextCorpus, unigram_perplexity
 from deqjax.data.wikitext import wikitext103
 from deqjax.interop.torch_file import read_checkpoint, write_checkpoint
 from deqjax.interop.transformer import export_transformer, load_transformer
@@ -225,7 +226,7 @@ class LanguageModelTask:
             token, z, memory = self._next_token(graph, options.top_k, state, memory, z, jnp.asarray(tokens[n]), *draw)
             if n + 1 >= len(tokens):
                 tokens.append(int(token))
-        return self.corpus.vocab.decode(tokens[1:]).replace(" <eos> ", "\n").replace("<eos>", "\n")
+        return re.sub(f" ?{EOS} ?", "\n", self.corpus.vocab.decode(tokens[1:]))
 
     def _advance(self, graph, top_k, state, memory: Memory, z, token, temperature, key):
         """A token to follow `token`, the state of `token`, and the memory with that."""

@@ -303,6 +303,11 @@ def test_the_pretraining_phase_unrolls_and_then_solves(corpus):
     np.testing.assert_allclose(grown["jacobian"][0], 2 * after["jacobian"][0], rtol=1e-5)
 
 
+def test_a_generated_text_has_its_lines_and_no_spaces_around_them(corpus):
+    task = small_task(corpus, **{"generate.prompt": "a <eos> <eos> b <eos>", "generate.n_tokens": 0})
+    assert task.generate(task.model(nnx.Rngs(0))) == "a\n\nb\n"
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
