@@ -1,5 +1,6 @@
 """The language-model experiment, through its command line."""
 
+import dataclasses
 import os
 import pathlib
 import resource
@@ -15,8 +16,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from configs import pydoc
-from deqjax.models.transformer import Memory
+from configs import pydoc, wt103
+from deqjax.models.transformer import Memory, TransformerConfig
+from deqjax.nn.config import DEQConfig
 from deqjax.training.checkpoint import Checkpoints, committed_steps, load_arrays
 from deqjax.training.mesh import place_batch
 from deqjax.training.state import named_leaves
@@ -301,6 +303,12 @@ def test_the_pretraining_phase_unrolls_and_then_solves(corpus):
     assert before["forward/steps"][0] == 0 and after["forward/steps"][0] > 0
     assert before["jacobian"][0] == 0 and after["jacobian"][0] > 0
     np.testing.assert_allclose(grown["jacobian"][0], 2 * after["jacobian"][0], rtol=1e-5)
+
+
+def test_the_recipe_has_every_option_of_model_and_equilibrium():
+    config = wt103.get_config()
+    names = lambda settings: {field.name for field in dataclasses.fields(settings)}
+    assert {*config.model, "n_tokens"} == names(TransformerConfig) and {*config.deq} == names(DEQConfig)
 
 
 def test_a_generated_text_has_its_lines_and_no_spaces_around_them(corpus):
