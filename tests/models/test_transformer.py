@@ -131,7 +131,7 @@ def test_a_cell_without_fixed_point_warns(deq):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build(deq, recipe="deq-lm", norm="pre_bounded")
-        build(dict(f_max_iter=0, grad=12), recipe="deq-lm", norm="pre")
+        build(dict(f_max_iter=0, grad=12, b_solver="anderson"), recipe="deq-lm", norm="pre")  # which then solves nothing
 
 
 def test_the_bounded_pre_norm_cell_has_a_fixed_point_and_the_plain_one_has_none():

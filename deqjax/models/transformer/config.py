@@ -147,12 +147,12 @@ class TransformerConfig:
 
 def warn_without_fixed_point(config: TransformerConfig, deq: DEQConfig) -> None:
     """Says why solvers and implicit gradients do not apply to the plain pre-norm cell."""
-    accelerated = [s for s in (deq.f_solver, deq.b_solver) if s in ("anderson", "broyden")]
-    if config.norm != "pre" or not (deq.ift or deq.hook_ift or accelerated):
+    implicit = deq.ift or deq.hook_ift
+    if config.norm != "pre" or not (implicit or deq.f_solver in ("anderson", "broyden")):
         return
-    chosen = "implicit gradients" if deq.ift or deq.hook_ift else " and ".join(sorted(set(accelerated)))
+    assuming = "implicit gradients assume" if implicit else f"f_solver={deq.f_solver!r} assumes"
     warnings.warn(
-        f"the pre-norm cell has no fixed point, and {chosen} assume one: every sub-layer reads z through a layer norm and "
+        f"the pre-norm cell has no fixed point, and {assuming} one: every sub-layer reads z through a layer norm and "
         "adds to it, so f(z + c) = f(z) + c and I - df/dz is singular. The published recipe unrolls 12 steps "
         '(f_max_iter=0, grad=12). Use norm="post" or norm="pre_bounded" for a true equilibrium.',
         stacklevel=3,
