@@ -26,7 +26,8 @@ from deqjax.models.transformer.adaptive import twice_held_projections
 from deqjax.models.transformer.layout import layout
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.variables import BatchVariable
-from deqjax.training.mesh import make_mesh, place_whole, process_share
+from deqjax.training.console import say
+from deqjax.training.mesh import make_mesh, place_whole, process_share, replicated
 from deqjax.training.metrics import Sums, vitals
 
 CORPORA = {"wt103": wikitext103, "pydoc": pydoc, "text": TextCorpus.load}
@@ -98,6 +99,9 @@ class LanguageModelTask:
 
     def export(self, model: StreamingModel) -> str:
         """Writes the weights under the originals' names; `.safetensors`, or `.pth` with PyTorch installed."""
+        # What is split over processes none of them can read.
+        whole = jax.device_put(nnx.state(model.lm), replicated(make_mesh(self.config.get("mesh"))))
+        nnx.update(model.lm, whole)
         state_dict = export_transformer(model.lm)
         write_checkpoint(self.config.export_path, state_dict)
         return f"Wrote {len(state_dict)} tensors to {self.config.export_path}."
@@ -192,7 +196,7 @@ class LanguageModelTask:
         for split in ("valid", "test"):
             result = self.evaluate(model, split)
             unigram = unigram_perplexity(corpus.train, getattr(corpus, split), len(corpus.vocab))
-            print(
+            say(
                 f"{split}: perplexity {result['perplexity']:.2f} (unigram model {unigram:.1f}) | "
                 f"solver steps {result['forward/steps']:.1f} | relative residual {result['forward/rel']:.2e} | "
                 f"segments converged {100 * result['forward/converged']:.1f}%"
@@ -201,7 +205,7 @@ class LanguageModelTask:
                 # Twice the budget of evaluation, and no stopping before it is spent.
                 budget = 2 * self.deq.eval_budget()
                 twice = self.evaluate(model, split, {"eval_f_max_iter": budget, "f_tol": 0.0})
-                print(f"{split}: perplexity {twice['perplexity']:.2f} after {budget} solver steps")
+                say(f"{split}: perplexity {twice['perplexity']:.2f} after {budget} solver steps")
 
     # Generation ------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 from configs import pydoc, wt103
 from deqjax.models.transformer import Memory, TransformerConfig
@@ -256,18 +257,28 @@ def test_a_run_moves_from_eight_devices_to_two_to_one(corpus, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_two_processes_train_save_and_go_on(corpus, tmp_path):
-    """The language model on two processes of four devices, split every way, ends as on one device."""
+    """The language model on two processes of four devices, split every way, ends as on one device, and can be exported."""
     settings = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.model": 2, "steps": 4, "eval_every": 2} | RECIPES["deq-seq"]
-    flags = lambda workdir, **changed: [x for x in command(workdir, corpus, **(settings | changed)) if "mesh.data=-1" not in x]
+    settings |= {"model.d_inner": 16, "export_path": tmp_path / "lm.safetensors"}
+    flags = lambda workdir, *extra, **changed: [
+        x for x in command(workdir, corpus, *extra, **(settings | changed)) if "mesh.data=-1" not in x
+    ]
 
-    def run(workdir, **changed):
+    def run(workdir, *extra, **changed):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             together = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2"]
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "experiments.deq_lm", *flags(workdir, **changed)[1:], *together, f"--process_id={i}"],
+                [
+                    sys.executable,
+                    "-m",
+                    "experiments.deq_lm",
+                    *flags(workdir, *extra, **changed)[1:],
+                    *together,
+                    f"--process_id={i}",
+                ],
                 cwd=ROOT,
                 env=environment,
                 stderr=subprocess.PIPE,
@@ -281,6 +292,8 @@ def test_two_processes_train_save_and_go_on(corpus, tmp_path):
     run(tmp_path / "two", steps=2)
     assert committed_steps(tmp_path / "two")[-1] == 2
     run(tmp_path / "two")
+    run(tmp_path / "two", "--mode=export", mesh__data=1, mesh__fsdp=1, mesh__model=8)  # one row of devices, over both
+    assert load_file(tmp_path / "lm.safetensors")["func.pos_ff.ff1_net.weight_v"].shape == (16, 8)
     alone = subprocess.run(
         [sys.executable, "-m", "experiments.deq_lm", *command(tmp_path / "one", corpus, **(settings | ONE_DEVICE))[1:]],
         cwd=ROOT,
@@ -313,7 +326,8 @@ def test_the_recipe_has_every_option_of_model_and_equilibrium():
 
 def test_a_generated_text_has_its_lines_and_no_spaces_around_them(corpus):
     task = small_task(corpus, **{"generate.prompt": "a <eos> <eos> b <eos>", "generate.n_tokens": 0})
-    assert task.generate(task.model(nnx.Rngs(0))) == "a\n\nb\n"
+    model = task.model(nnx.Rngs(0))
+    assert task.generate(model) == "a\n\nb\n"
 
 
 @pytest.mark.parametrize(
