@@ -27,6 +27,7 @@ from deqjax.models.transformer.layout import layout
 from deqjax.nn.config import DEQConfig
 from deqjax.nn.variables import BatchVariable
 from deqjax.training.console import say
+from deqjax.training.errors import UserError
 from deqjax.training.mesh import make_mesh, place_whole, process_share, replicated
 from deqjax.training.metrics import Sums, vitals
 
@@ -218,6 +219,8 @@ class LanguageModelTask:
         options, config = self.config.generate, self.architecture
         graph, state = nnx.split(model.lm)
         capacity = self.config.data.eval_mem_len
+        if not capacity:
+            raise UserError("config.data.eval_mem_len=0: a text is written word by word and needs a memory of those before.")
         prompt = self.corpus.vocab.encode(options.prompt.split())
         mesh = make_mesh(self.config.get("mesh"))
         memory = Memory(**place_whole(mesh, Memory.empty(1, capacity, config.d_model)._asdict()))

@@ -21,6 +21,7 @@ from configs import pydoc, wt103
 from deqjax.models.transformer import Memory, TransformerConfig
 from deqjax.nn.config import DEQConfig
 from deqjax.training.checkpoint import Checkpoints, committed_steps, load_arrays
+from deqjax.training.errors import UserError
 from deqjax.training.mesh import place_batch
 from deqjax.training.state import named_leaves
 from deqjax.training.step import prepare, step_function
@@ -328,6 +329,9 @@ def test_a_generated_text_has_its_lines_and_no_spaces_around_them(corpus):
     task = small_task(corpus, **{"generate.prompt": "a <eos> <eos> b <eos>", "generate.n_tokens": 0})
     model = task.model(nnx.Rngs(0))
     assert task.generate(model) == "a\n\nb\n"
+    task.config.data.eval_mem_len = 0
+    with pytest.raises(UserError, match="needs a memory"):
+        task.generate(model)
 
 
 @pytest.mark.parametrize(
