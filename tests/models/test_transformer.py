@@ -1,5 +1,6 @@
 """Properties of the DEQ transformer."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import wt103
 from deqjax.models.transformer import DEQTransformer, Memory, TransformerConfig
 from deqjax.nn.config import DEQConfig
 
@@ -143,9 +145,13 @@ def test_the_bounded_pre_norm_cell_has_a_fixed_point_and_the_plain_one_has_none(
         assert not np.any(build(deq, norm="pre", **settings)(tokens, memory).stats.converged)
 
 
-def test_the_published_recipe_has_the_published_size():
-    from configs import wt103
+def test_the_recipe_has_every_option_of_model_and_equilibrium():
+    config = wt103.get_config()
+    names = lambda settings: {field.name for field in dataclasses.fields(settings)}
+    assert {*config.model, "n_tokens"} == names(TransformerConfig) and {*config.deq} == names(DEQConfig)
 
+
+def test_the_published_recipe_has_the_published_size():
     # The originals count the 159,600 numbers of the tied projections twice: 97,730,888 and 97,851,488.
     for variant, whole, cell in (("lm", 97_571_288, None), ("seq_ift", 97_691_888, 69_753_000)):
         config = wt103.get_config(variant)
