@@ -26,12 +26,12 @@ class DEQConfig:
       preset: None for this library's solver defaults, "torchdeq" for the original's, evaluation by evaluation.
       core: "sliced" runs a fresh solve per supervised state; "indexing" samples them from one solve.
       f_solver, f_max_iter, f_tol, f_stop_mode: the forward solve.
-      f_tol_start, f_tol_anneal_steps: tolerance at the first training step, and after how many it has fallen,
-        geometrically, to f_tol.
+      f_tol_start, f_tol_anneal_steps: tolerance at the first training step, and the number of steps over which it falls
+        geometrically to f_tol.
       no_stat: True takes plain steps without residuals or stopping (Picard only), as "simple_fixed_point_iter" always does.
       f_options, b_options: further options of the solvers, e.g. `{"memory": 5}`.
       b_solver, b_max_iter, b_tol, b_stop_mode: the adjoint solve; besides the forward solvers there are "gmres",
-        "bicgstab", "normal_cg" and, if the forward solver is Broyden's, "shine". b_stop_mode is "rel" if not given, for an
+        "bicgstab", "normal_cg" and, if the forward solver is Broyden's, "shine". b_stop_mode is "rel" if not given: an
         absolute tolerance makes gradients depend on the scale of the loss; with the preset "torchdeq" it is "abs".
       eval_factor, eval_f_max_iter: budget of evaluation, as a multiple of f_max_iter or, if positive, outright.
       eval_f_tol: tolerance of evaluation; None takes f_tol.

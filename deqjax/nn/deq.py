@@ -22,7 +22,7 @@ from deqjax.nn.variables import AdjointProbe
 class DEQOutput(NamedTuple):
     """States to decode, earliest first (one in evaluation); statistics; `[B]` spectral radius or None.
 
-    The statistics are those of the last solve, with the steps of all.
+    The statistics are those of the last solve, but `steps` counts those of all solves.
     """
 
     states: tuple
@@ -83,13 +83,13 @@ class DEQ(nnx.Module):
         return self._evaluate(f, z_init, budget, options, key, radius_start)
 
     def trajectory(self, f: Callable[[PyTree], PyTree], z_init: PyTree, steps: Sequence[int]) -> tuple[tuple, SolverStats]:
-        """The best states after so many evaluations of f, all from one solve like evaluation's that does not stop early.
+        """The best state after each of several numbers of evaluations, all from one solve, as in evaluation but without a stop.
 
         Residuals are measured even where the solver does without. The states have no gradients.
 
         Args:
           f, z_init: as in a call.
-          steps: increasing.
+          steps: the numbers of evaluations of f, increasing.
         """
         z_init = as_state(z_init)
         check_batch(z_init)

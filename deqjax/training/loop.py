@@ -33,13 +33,13 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
       config: `Settings`, seed, optimizer, and what the task reads.
       workdir: the run's directory; one run at a time uses it.
       allow_changes: go on with a checkpoint although the config is another now.
-      profile_steps: trace so many steps, the first two left out, to `workdir/profile`.
+      profile_steps: trace so many steps, after the first two, to `workdir/profile`.
 
     Returns:
       The last state.
 
     Raises:
-      UserError: something that the user can mend, in the setting up, in the data, or a run that diverged.
+      UserError: something that the user can mend: settings, data, or a run that diverged.
     """
     # Set-up ----------------------------------------------------------------------------------------------------------
     settings = Settings.read(config)

@@ -10,7 +10,7 @@ from deqjax.training.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Keys of a config beside `seed`, `optimizer` (see `deqjax.optim`) and those of the task.
+    """Keys of a config besides `seed`, `optimizer` (see `deqjax.optim`) and those of the task.
 
     Attributes:
       steps: updates of the whole run.
@@ -23,7 +23,7 @@ class Settings:
       accumulate: compute the gradient of a batch in so many slices, in the memory of one.
       ema: decay of a moving average of the weights, which is then what is evaluated and exported; 0: none.
       mesh: sizes of the axes data, fsdp and model; -1 takes what is left.
-      resume: working directory of a run to go on from, in another one.
+      resume: working directory of another run, which this one continues.
       init_from: weights to begin with, another run's working directory or a file that the task can import.
       tensorboard: write events to `workdir/tensorboard`.
       wandb: project to log to with Weights & Biases; empty: none. `WANDB_MODE=offline` needs no network.

@@ -25,9 +25,9 @@ class Task(Protocol):
 
     Optional attributes, read with a default:
       name: goes into the checkpoint; the class's name by default.
-      fingerprint: anything JSON that must be equal for a run to go on or to be evaluated, such as a vocabulary's hash;
+      fingerprint: a JSON value that must be equal for a run to be resumed or evaluated, such as a vocabulary's hash;
         without one, weights that were trained on any data are taken.
-      weights_transfer: whether `config.init_from` may be a run with another fingerprint, as where data are images; else not.
+      weights_transfer: whether `config.init_from` may name a run with another fingerprint, as for images; by default not.
       items_per_step: `(unit, number)`, e.g. `("tokens", 9000)`, for the speed on the console.
       tied_updates: groups of parameter paths, see `deqjax.optim.optimizer.tie_updates`.
       layout: how large parameters may be split over the mesh axis `model`, see `deqjax.training.layout.Layout`.

@@ -77,17 +77,16 @@ def solve_joint(
 ) -> JointSolution:
     """Samples a chain in parallel. Not differentiable: see `attach`.
 
-    With `TriangularAnderson` or `Picard` a window of slots is iterated on. The first of its slots is exact after every
-    iteration; the slots from there on whose residuals are below the tolerance, none before them being above, are final, leave
-    the window and are not computed again, and as many enter at its end. So T iterations always suffice. Any other solver of the
-    core takes the trajectory as a whole.
+    `TriangularAnderson` and `Picard` iterate on a window of slots. After every iteration its first slot is exact. The leading
+    slots whose residuals are all below the tolerance are final: they leave the window and are not computed again, and as many
+    enter at its end. So T iterations always suffice. Any other solver of the core takes the trajectory as a whole.
 
     Args:
       system: the chain and its network.
       x_T: latents.
       noise: standard normal for each step, where the chain has eta > 0.
-      solver: method, tolerance and budget `max_steps`. The tolerance is of every slot, |F(z)_k - z_k| or its ratio to
-        |F(z)_k|; with a solver that takes the trajectory as a whole, of that.
+      solver: method, tolerance and budget `max_steps`. The tolerance applies to every slot, |F(z)_k - z_k| or its ratio to
+        |F(z)_k|; with a solver that takes the trajectory as a whole, to the trajectory.
       window: slots that are iterated on at a time; 0: all of them. Rounded up to what the devices share evenly.
       z_init: a trajectory to begin with, such as that of a similar latent; None: the latent in every slot.
       record: keep what happened at every iteration.

@@ -37,7 +37,7 @@ def next_start(z: State, *, warm_start: bool = False, fixed_point_reuse: bool = 
     Args:
       z: that solution.
       warm_start: take its flow, carried along by itself.
-      fixed_point_reuse: take its hidden state as well. With both the flow counts twice: so it is in the original.
+      fixed_point_reuse: take its hidden state as well. With both, the flow counts twice, as in the original.
     """
     if not (warm_start or fixed_point_reuse):
         return None

@@ -24,15 +24,15 @@ class IGNNConfig:
       spectral_radius: one radius for all graphs; None takes each graph's own from its `globals`, so that a graph's
         prediction does not depend on those it is batched with.
       dropout: rate before the last linear map; the PPI network has none.
-      omega_2: B = Omega_1 U A + Omega_2 U, and without the second term otherwise. None takes the network's own: all but
-        "graphs". The original repository has it nowhere.
+      omega_2: whether B = Omega_1 U A + Omega_2 U has its second term. None takes the network's own choice: all but "graphs"
+        have it. The original repository has it nowhere.
       samples: what has a residual and stops by itself: "graphs", or "features" (all nodes of the batch together), the rule
-        of TorchDEQ's code. That one is wrong, because features are coupled by W: it is there to repeat the original's runs.
+        of TorchDEQ's code. That rule is wrong, because features are coupled by W; it only serves to repeat the original's runs.
       init_weight: "uniform" as in the originals, or "identity": kappa times the identity, with which every feature is handed
         on at any distance from the start (after Le et al. 2015, for recurrent networks). Long chains need it to be learned
         from every seed.
-      init_power_iters: power iterations of spectral normalisation before training. The original has none, and a first
-        estimate that may be tiny or negative.
+      init_power_iters: power iterations of spectral normalisation before training. The original has none, so its first
+        estimate may be tiny or negative.
       aggregation: see `deqjax.models.ignn.aggregation`.
     """
 

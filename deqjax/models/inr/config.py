@@ -27,8 +27,8 @@ class INRConfig:
         alpha / (L + 1), those of the first filter with 6 / (L + 1)).
       omega: factor inside the hidden sines of a SIREN.
       n_features, feature_scale: number and standard deviation of the random frequencies of Fourier features.
-      linear_output: no sine after the last layer of "siren" or "ffn"; None takes the network's own: only "ffn" has one. The
-        others are always linear.
+      linear_output: whether "siren" or "ffn" ends without a sine; None takes the network's own choice: "siren" does, "ffn" does
+        not. The other networks always do.
       dtype: of the products with hidden weights during a solve, e.g. "bfloat16"; None is the parameters' own. Coordinates and
         filters always have the parameters' precision: their phases reach thousands of radians.
       init_power_iters: power iterations of spectral normalisation before training.
