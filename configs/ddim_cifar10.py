@@ -5,8 +5,8 @@
 
 Papers: Ho et al. 2020 (arXiv 2006.11239), 35,746,307 parameters, FID 3.17 with 1000 steps of DDPM; Song et al. 2021
 (arXiv 2010.02502), FID 4.16 with 100 steps of DDIM (quad), 13.36 with 10; Pokle et al. 2022 (arXiv 2210.12867) for parallel
-sampling (1000 timesteps, quad) and inversion (there 100 images, Adam 0.005 for up to 1000 steps until the error is below 0.5,
-and 0.01 for the sequential method). Trained for 800,000 steps in the first. Not reproduced here yet. Variant `:sddim`: a
+sampling (1000 timesteps, quad) and inversion (100 images, Adam 0.005 for up to 1000 steps until the error is below 0.5, and
+0.01 for the sequential method). The first paper trains for 800,000 steps. Not reproduced here yet. Variant `:sddim`: a
 stochastic chain, inverted in 10 timesteps.
 """
 

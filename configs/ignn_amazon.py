@@ -3,8 +3,8 @@
     python -m experiments.ignn_nodes --config configs/ignn_amazon.py --config.data.portion=0.09
 
 Paper: Implicit Graph Neural Networks (arXiv 2009.06211), figures of micro- and macro-F1 against the portion of labelled nodes
-trained on (`data.portion`, 0.05 to 0.09). As there, a product is given as many categories as it has. The data is the prepared
-folder `amazon-all` of the SSE code, in `data.dir`; it cannot be downloaded by a program. Not reproduced here yet.
+trained on (`data.portion`, 0.05 to 0.09). As in the paper, a product is given as many categories as it has. The data is the
+prepared folder `amazon-all` of the SSE code, in `data.dir`; it cannot be downloaded by a program. Not reproduced here yet.
 
 86 million parameters, two tables of 334,863 products. One graph cannot be split over devices: several repeat the same work
 (`mesh.model`).

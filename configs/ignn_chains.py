@@ -6,11 +6,15 @@
 Paper: Implicit Graph Neural Networks (arXiv 2009.06211), figure 1. Two classes, 20 chains of each, 20 nodes to train on.
 `data.length` and `data.classes` say how long and how many. Results, their time and hardware: docs/ignn.md.
 
-Four settings differ from the zoo's, whose own (variant `:zoo`: one-step gradient, weight normalisation, absolute tolerance
-1e-3) fail from length 20 on. The implicit gradient, because a gradient of k steps sees k hops. A solve that takes at least two
-steps a node, because states fade by a fifth or more at every hop, and what reaches the end of a long chain lies below any
-tolerance. No weight normalisation, because weight decay shrinks a weight without gradient to nothing, which cannot be
-normalised. And W starts as a multiple of the identity: from the paper's uniform weights some seeds never learn length 100.
+The zoo's own settings (variant `:zoo`: one-step gradient, weight normalisation, absolute tolerance 1e-3) fail from length 20
+on. These four differ:
+
+* The gradient is implicit, because a gradient of k steps sees k hops.
+* A solve takes at least two steps a node, because states fade by a fifth or more at every hop, and what reaches the end of a
+  long chain lies below any tolerance.
+* There is no weight normalisation, because weight decay shrinks a weight without gradient to nothing, which cannot be
+  normalised.
+* W starts as a multiple of the identity: from the paper's uniform weights some seeds never learn length 100.
 """
 
 import ml_collections

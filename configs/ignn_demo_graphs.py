@@ -3,7 +3,7 @@
     python -m experiments.ignn_graphs --config configs/ignn_demo_graphs.py
     python -m experiments.ignn_graphs --config configs/ignn_demo_graphs.py --config.explicit_layers=2
 
-Each graph is two paths; one begins with A, one with B, and the end of one is flagged: whose? (`deqjax/data/letters.py` has
+Each graph is two paths; one begins with A, one with B, and the end of one is flagged: which? (`deqjax/data/letters.py` has
 the rule.) A network that looks 2 hops far cannot do better than chance on paths of 6 to 9 nodes. Results: docs/ignn.md.
 """
 

@@ -10,8 +10,8 @@ for its three checkpoints, validation / test:
 |---|---|---|
 | 97.78 / 98.56 | 97.88 / 98.65 | 98.16 / 98.83 |
 
-There the best epoch was chosen by the test tissues (`data.select=test`). The data is downloaded on first use (`data.dir`). Not
-reproduced here yet. Variants: `:ift` the implicit gradient at a tolerance that makes it one; `:original` the original
+For these the best epoch was chosen by the test tissues (`data.select=test`). The data is downloaded on first use (`data.dir`).
+Not reproduced here yet. Variants: `:ift` the implicit gradient at a tolerance that makes it one; `:original` the original
 repository's network and gradient; `:synthetic` random graphs of PPI's sizes, to try the recipe without the data (after a plus
 sign with another: `:ift+synthetic`).
 """

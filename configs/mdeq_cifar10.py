@@ -14,7 +14,7 @@ Papers: Multiscale Deep Equilibrium Models (arXiv 2006.08656), Stabilizing Equil
 | `:large_reg` | the same with Jacobian regularisation, 8 solver steps | 93.1 +- 0.3 at 6 steps |
 
 Published numbers are the best test accuracy of all epochs (`data.select=test`); by default a tenth of the training images
-chooses the weights. `data.dir` holds the archive. Hardware there: 1 to 4 GPUs. Not reproduced here yet.
+chooses the weights. `data.dir` holds the archive. Hardware of the authors: 1 to 4 GPUs. Not reproduced here yet.
 """
 
 import ml_collections

@@ -11,9 +11,9 @@ Paper: Multiscale Deep Equilibrium Models (arXiv 2006.08656). Variants after a c
 | `:xl` | 80M | 80.3 |
 
 The recipe is that of the authors' second version: it begins with the stem and f of an ImageNet classifier (`config.init_from`;
-a run of our own is exported first: `python -m experiments.mdeq_classify --mode export`), unrolls 3 steps in the beginning,
-then solves with Broyden both ways. The released weights were trained with `optimizer.schedule=poly`, as here. Hardware there: 4
-or 8 GPUs. Not reproduced here yet.
+a run of your own is exported first: `python -m experiments.mdeq_classify --mode export`), unrolls 3 steps in the beginning,
+then solves with Broyden both ways. The released weights were trained with `optimizer.schedule=poly`, as here. Hardware of
+the authors: 4 or 8 GPUs. Not reproduced here yet.
 """
 
 import ml_collections

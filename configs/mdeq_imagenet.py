@@ -15,8 +15,8 @@ Papers: Multiscale Deep Equilibrium Models (arXiv 2006.08656), Stabilizing Equil
 | `:xl` | 90.5M parameters | 79.2 |
 
 `data.dir` holds train/<class>/*.JPEG and val/<class>/*.JPEG; with `data.name=imagenet_records` train.rec, val.rec and their
-.idx files (MXNet's); with `data.name=imagenet_tfds` what TensorFlow Datasets prepared as imagenet2012. Hardware there: 2 to 8
-GPUs. Not reproduced here yet.
+.idx files (MXNet's); with `data.name=imagenet_tfds` what TensorFlow Datasets prepared as imagenet2012. Hardware of the
+authors: 2 to 8 GPUs. Not reproduced here yet.
 """
 
 import ml_collections

@@ -12,8 +12,8 @@ Papers: Deep Equilibrium Models (arXiv 1909.01377), Stabilizing Equilibrium Mode
 | `:seq_ift_jr` | the same with Jacobian regularisation | 23.67 / 23.16 |
 | `:mem480`, `:seq_ift+mem480`, ... | evaluation with memory 480, of the run given by `--workdir` | |
 
-The numbers are those that the TorchDEQ DEQ Zoo reports for its 98M-parameter models. Hardware there: 4 GPUs, 6.7 GB each,
-for deq-lm. Not reproduced here yet.
+The numbers are those that the TorchDEQ DEQ Zoo reports for its 98M-parameter models. Its hardware: 4 GPUs, 6.7 GB each, for
+deq-lm. Not reproduced here yet.
 """
 
 import ml_collections
