@@ -69,11 +69,23 @@ def test_newton_converges_quadratically_at_the_end():
     assert np.max(solution.stats.steps) < 20
 
 
-def test_anderson_of_type_one_is_broyden_like_on_linear_problems():
+@pytest.mark.parametrize("kind", ["I", "II"])
+@pytest.mark.parametrize("memory", [6, 40])
+def test_anderson_ends_where_krylov_methods_do_on_linear_problems(kind, memory):
+    """After a few more evaluations than unknowns; old residuals that are large do not hold it up."""
     A = with_spectrum(jnp.asarray([0.9, -0.5, 0.3, 0.95]))
-    for kind in ("I", "II"):
-        stats = solved(lambda z: z @ A + 1.0, (1, 4), Anderson(max_steps=12, kind=kind, ridge=1e-14, tol=1e-9)).stats
-        assert stats.converged[0] and stats.steps[0] <= 8
+    stats = solved(lambda z: z @ A + 1.0, (1, 4), Anderson(max_steps=12, kind=kind, memory=memory, tol=1e-9)).stats
+    assert stats.converged[0] and stats.steps[0] <= 8
+
+
+@pytest.mark.parametrize("kind", ["I", "II"])
+def test_anderson_stays_finite_past_what_its_dtype_resolves(kind):
+    """Its small systems are singular there, and what they give is no step to take."""
+    A = with_spectrum(jnp.asarray([0.9, -0.5])).astype(jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (32, 2), jnp.float32)
+    stats = fixed_point(lambda z: z @ A + x, jnp.zeros_like(x), solver=Anderson(max_steps=60, kind=kind, tol=0.0)).stats
+    assert not np.any(stats.status == Status.NON_FINITE)
+    assert np.all(stats.rel_lowest < 1e-6)
 
 
 def test_the_safeguard_forgets_the_sample_whose_residual_grew():

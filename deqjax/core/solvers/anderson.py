@@ -28,18 +28,19 @@ class _State(NamedTuple):
 class Anderson(Solver):
     """Combines past evaluations so that their residuals cancel as well as they can.
 
-    With G the matrix of the last residuals and X that of their points, type II minimises |G alpha|^2 + ridge |alpha|^2
-    subject to sum(alpha) = 1; type I makes G alpha orthogonal to the differences of points (Fang and Saad 2009, where they
-    are the multisecant forms of the two Broyden methods). Then
+    With G the matrix of the last residuals and X that of their points, type II minimises |G alpha|^2 subject to
+    sum(alpha) = 1; type I makes G alpha orthogonal to the differences of points (Fang and Saad 2009, where they are the
+    multisecant forms of the two Broyden methods). Then
     z <- damping * sum(alpha_i f(x_i)) + (1 - damping) * sum(alpha_i x_i).
     (Anderson 1965; Walker and Ni 2011.)
 
     Attributes:
       memory: how many past evaluations are combined, m in the literature.
       kind: "II", or "I", which can take bolder steps and is better used with a safeguard.
-      ridge: regularisation of the Gram matrix.
-      ridge_mode: "relative" scales the ridge by the mean of the Gram matrix's diagonal, so that acceleration does not
-        die once the residual is small; "absolute" uses it as it is (the original's `lam`).
+      ridge: regularisation, added to the diagonal of the Gram matrix G^T G (of type I: subtracted from that of X^T G).
+      ridge_mode: "relative" adds to each entry of the diagonal that share of itself, so that acceleration does not die
+        once residuals are small, nor while the memory holds old ones that are large; "absolute" adds the ridge as it is
+        (the original's `lam`).
       damping: 1 moves to the combined images, less mixes in the combined points; TorchDEQ's tau.
       safeguard: a sample whose residual exceeds so many times its lowest forgets its history and takes a plain step; None
         trusts every step.
@@ -116,49 +117,37 @@ class Anderson(Solver):
         N = self.memory - 1
         by_age = (oldest + jnp.arange(N, dtype=oldest.dtype)) % N
         gram, row, kept = gram[by_age][:, by_age], row[by_age], kept[by_age]
-        diagonal = jnp.stack([*(gram[i, i] for i in range(N)), corner])
-        scale, ridge = self._scale(diagonal, jnp.concatenate([kept, jnp.ones_like(kept[:1])]), axis=0)
         unit = jnp.eye(N, dtype=gram.dtype)[:, :, None]
-        gram, row, corner = gram / scale[None, None] + ridge * unit, row / scale[None], corner / scale + ridge
+        gram, corner = gram + unit * self._ridge_of(gram), corner + self._ridge_of(corner)
         system = gram - row[None] - row[:, None] + corner[None, None]
         # A slot left out has a unit diagonal and nothing on its right-hand side, which makes its weight exactly zero.
         system = jnp.where(kept[None] & kept[:, None], system, unit)
         gamma = solve_positive(system, jnp.where(kept, corner[None] - row, 0))
-        return gamma[(jnp.arange(N, dtype=oldest.dtype) - oldest) % N]
+        return _sound(gamma, axis=0)[(jnp.arange(N, dtype=oldest.dtype) - oldest) % N]
 
     def _orthogonal(self, products, with_newest, kept):
-        """Type I: X^T G alpha = constant with sum(alpha) = 1, as a bordered system; the weights of the older ones [B, N].
+        """Type I: the weights of the older evaluations [B, N], zero in slots not in use; the present one has the rest.
 
         Args:
-          products: of the older points with the older residuals [B, N, N].
-          with_newest: with the newest residual [B, N]. The newest point is the origin, so its own products are zero.
+          products: of the older points, from the newest as the origin, with the older residuals [B, N, N].
+          with_newest: with the newest residual [B, N].
           kept: slots in use [B, N].
         """
-        both = jnp.concatenate([products, with_newest[:, :, None]], axis=2)
-        products = jnp.concatenate([both, jnp.zeros_like(both[:, :1])], axis=1)
-        kept = jnp.concatenate([kept, jnp.ones_like(kept[:, :1])], axis=1)
-        products = jnp.where(kept[:, :, None] & kept[:, None, :], products, 0)
-        scale, ridge = self._scale(jnp.abs(jnp.diagonal(products, axis1=1, axis2=2)), kept, axis=1)
+        unit = jnp.eye(kept.shape[1], dtype=products.dtype)[None]
         # Near a solution of a contraction these products are negative definite, so that is the sign of the ridge.
-        system = products / scale[:, None, None] - _diagonal(jnp.where(kept, ridge, -1))
-        border = kept.astype(products.dtype)
-        corner = jnp.zeros_like(products[:, :1, :1])
-        top = jnp.concatenate([corner, border[:, None, :]], axis=2)
-        bordered = jnp.concatenate([top, jnp.concatenate([border[:, :, None], system], axis=2)], axis=1)
-        one = jnp.zeros_like(bordered[:, 0]).at[:, 0].set(1)
-        return jnp.linalg.solve(bordered, one[..., None])[:, 1:-1, 0]
+        system = products - unit * self._ridge_of(jnp.abs(products)) - with_newest[:, :, None]
+        system = jnp.where(kept[:, :, None] & kept[:, None, :], system, unit)
+        return _sound(jnp.linalg.solve(system, jnp.where(kept, -with_newest, 0)[..., None])[..., 0], axis=1)
 
-    def _scale(self, diagonal, kept, axis):
-        """What to divide a matrix by, per sample [B], and the ridge to add to it then."""
-        dtype = diagonal.dtype
+    def _ridge_of(self, diagonal):
+        """What to add to these entries of a diagonal."""
         if self.ridge_mode == "absolute":
-            return jnp.ones_like(jnp.sum(diagonal, axis=axis)), jnp.asarray(self.ridge, dtype)
-        scale = jnp.sum(jnp.where(kept, diagonal, 0), axis=axis) / jnp.sum(kept.astype(dtype), axis=axis)
+            return self.ridge
         # Below the dtype's resolution a ridge does not regularise anything.
-        ridge = jnp.maximum(jnp.asarray(self.ridge, dtype), 4 * jnp.finfo(dtype).eps)
-        return jnp.where(scale > 0, scale, 1), ridge
+        return jnp.maximum(self.ridge, 4 * jnp.finfo(diagonal.dtype).eps).astype(diagonal.dtype) * diagonal
 
 
-def _diagonal(values_BM):
-    """`[B, M, M]` matrices with the given diagonals."""
-    return jnp.where(jnp.eye(values_BM.shape[1], dtype=bool)[None], values_BM[:, :, None], 0)
+def _sound(weights, axis):
+    """The weights, or none at all where rounding has made their system singular: z then goes to f(z)."""
+    largest = jnp.max(jnp.abs(weights), axis=axis, keepdims=True)
+    return jnp.where(largest < 1 / jnp.finfo(weights.dtype).eps, weights, 0)
