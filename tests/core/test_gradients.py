@@ -191,11 +191,12 @@ def test_shine_beats_the_one_step_gradient_and_needs_broyden(problem, expected):
         jax.grad(loss(Implicit(solver=SHINE()), Anderson()))(*problem)
 
 
-def test_a_solve_inside_a_solve(problem):
+@pytest.mark.parametrize("adjoint", [TIGHT, ADJOINTS[5], ADJOINTS[7]], ids=named)
+def test_a_solve_inside_a_solve(adjoint, problem):
     W, x = problem
     inner = lambda z: fixed_point(lambda u: 0.3 * jnp.tanh(u) + z, jnp.zeros_like(z), solver=TIGHT).value
     f = lambda z, W, x: jnp.tanh(inner(z) @ W + x)
-    rule = Implicit(solver=TIGHT)
+    rule = Implicit(solver=adjoint)
     solve = lambda W: fixed_point(f, jnp.zeros_like(x), W, x, solver=TIGHT, gradient=rule).value
     of = jax.jit(jax.value_and_grad(lambda t: jnp.sum(solve(t * W) ** 2)))
     e = 1e-5

@@ -96,7 +96,7 @@ class LinearSolver:
             return [x.astype(dtype) for x in jax.tree.leaves(batched.subtract(u, linear.function(constants, u)))]
 
         def transposed_map(constants, columns):
-            return jax.linear_transpose(lambda columns: residual_map(constants, columns), columns)(columns)[0]
+            return jax.vjp(lambda columns: residual_map(constants, columns), columns)[1](columns)[0]
 
         n = len(linear.constants)
 
