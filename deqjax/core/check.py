@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from deqjax.core.annotations import Array, Key, PyTree
 from deqjax.core.fixed_point import fixed_point
 from deqjax.core.gradients import Gradient, OneStep, Phantom
+from deqjax.core.hoist import as_state
 from deqjax.core.implicit import Implicit
 from deqjax.core.solvers import Anderson, Solver
 
@@ -45,13 +46,15 @@ def check_gradients(
       |gradient - reference| / |reference| over all `args` together, by the name of the rule.
 
     Raises:
+      TypeError: the rules are no mapping.
       ValueError: there is nothing to compare: no floating-point array among the `args`.
     """
     key = jax.random.key(0) if key is None else key
+    z_init = as_state(z_init)
     leaves, structure = jax.tree.flatten(z_init)
     keys = jax.random.split(key, len(leaves))
     cotangent = jax.tree.unflatten(
-        structure, [jax.random.normal(k, jnp.shape(x), jnp.result_type(x)) for k, x in zip(keys, leaves, strict=True)]
+        structure, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     )
     if rules is None:
         rules = {
@@ -60,6 +63,8 @@ def check_gradients(
             "phantom, 5 steps": Phantom(steps=5),
             "phantom, 50 steps": Phantom(steps=50),
         }
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"rules={rules!r}: must be a mapping of names to rules, such as {{'phantom': Phantom(steps=5)}}.")
     is_float = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact)  # noqa: E731
     flat, treedef = jax.tree.flatten(args)
     smooth = [x for x in flat if is_float(x)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from deqjax.core import hoist as hoisting
 from deqjax.core.annotations import Array, Float, PyTree
-from deqjax.core.gradients import Gradient
+from deqjax.core.gradients import PROBE_ENTRIES, Gradient
 from deqjax.core.implicit import Implicit
 from deqjax.core.solvers.anderson import Anderson
 from deqjax.core.solvers.base import Solver, require_solver
@@ -74,11 +74,13 @@ def fixed_point(
     Raises:
       TypeError: f does not map states to states, or a leaf is not floating point. Numbers never raise: see
         `Solution.stats`.
-      ValueError: leaves do not share the batch axis, or `sample_at` does not fit the solver's budget.
+      ValueError: leaves do not share the batch axis, `sample_at` does not fit the solver's budget, or the probe is none.
     """
     require_solver(solver)
     if not isinstance(gradient, Gradient):
         raise TypeError(f"gradient={gradient!r}: must be a Gradient such as Implicit().")
+    if adjoint_probe is not None and getattr(adjoint_probe, "shape", None) != (len(PROBE_ENTRIES),):
+        raise ValueError(f"adjoint_probe={adjoint_probe!r}: must be the array that deqjax.adjoint_probe() makes.")
     z_init = hoisting.as_state(z_init)
     inward, outward = _to_batch_first(z_init, batch_axis)
     z_init = inward(z_init)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from deqjax.core import batched
 from deqjax.core.annotations import Array, ArrayLike, Float, Int, State
 from deqjax.core.hoist import Hoisted, as_image, as_state, check_batch
-from deqjax.core.solvers.base import Solver, require_solver
+from deqjax.core.solvers.base import Solver, require_count, require_solver
 from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 
 # Keeps the relative residual finite when f(z) = 0.
@@ -259,6 +259,8 @@ def _unsolved(z_init) -> SolverStats:
 
 def check_samples(sample_at, max_steps):
     """Raises ValueError unless `sample_at` increases within the budget."""
+    for step in sample_at:
+        require_count("sample_at", step, 0)
     ordered = all(a < b for a, b in itertools.pairwise(sample_at))
     if not ordered or any(not 1 <= s <= max_steps for s in sample_at):
         raise ValueError(f"sample_at={tuple(sample_at)}: must increase and lie between 1 and max_steps={max_steps}.")

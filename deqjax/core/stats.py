@@ -93,7 +93,13 @@ class SolverStats:
         return {name: jnp.sum(x.astype(dtype)) for name, x in columns.items()} | {"samples": samples}
 
     def explain(self) -> str:
-        """One line per status that occurred, with its count and advice. Needs concrete values (call it outside jit)."""
+        """One line per status that occurred, with its count and advice.
+
+        Raises:
+          TypeError: the values are traced.
+        """
+        if isinstance(self.status, jax.core.Tracer):
+            raise TypeError("explain() needs numbers, and under jit or vmap there are none yet: call it on what they return.")
         lines = []
         for status in Status:
             count = int((self.status == status).sum())

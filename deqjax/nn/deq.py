@@ -13,6 +13,7 @@ from deqjax.core.hoist import Hoisted, as_state, check_batch, hoist
 from deqjax.core.implicit import Implicit
 from deqjax.core.solve import solve
 from deqjax.core.solvers import Picard
+from deqjax.core.solvers.base import require, require_count
 from deqjax.core.stability import spectral_radius
 from deqjax.core.stats import SolverStats
 from deqjax.nn.config import DEQConfig
@@ -69,13 +70,19 @@ class DEQ(nnx.Module):
           solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, `f_tol`, `f_limit` (stop after so many
             steps of the budget; may be traced, as f_tol may), and options of the forward solver.
           key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
+
+        Raises:
+          ValueError: `train` or `f_max_iter` is traced.
         """
+        untraced = not isinstance(train, jax.core.Tracer)
+        require(untraced, "train", train, 'True or False, and not traced (jit\'s static_argnames="train")')
         z_init = as_state(z_init)
         check_batch(z_init)
         f = hoist(f, z_init)
         options = dict(solver_options or {})
         max_iter = options.pop("f_max_iter", self.config.f_max_iter)
         eval_max_iter = options.pop("eval_f_max_iter", self.config.eval_f_max_iter)
+        require_count("f_max_iter", max_iter, 0)
         if train:
             run = self._indexed if self.config.core == "indexing" else self._sliced
             return DEQOutput(*run(f, z_init, max_iter, options), None)

@@ -22,7 +22,7 @@ from deqjax import (
     Unrolled,
     fixed_point,
 )
-from deqjax.core.solve import solve
+from deqjax.core.solve import check_samples, solve
 from deqjax.core.solvers.base import require_count
 
 # Unrolled past convergence, Anderson would differentiate rounding: 22 steps reach it.
@@ -347,15 +347,36 @@ def test_wrong_options_are_explained():
             Picard(tol=tol)
     with pytest.raises(ValueError, match=r"memory=5\.0: must be a whole number"):
         require_count("memory", 5.0, 1)
+    with pytest.raises(ValueError, match=r"sample_at=1\.5: must be a whole number"):
+        check_samples((1.5, 3), 4)
     for estimate, wrong in ((deqjax.jacobian_loss, {"n_probes": 0}), (deqjax.spectral_radius, {"steps": 0})):
         with pytest.raises(ValueError, match="=0: must be a whole number"):
             estimate(lambda z: z, jnp.zeros((2, 3)), jax.random.key(0), **wrong)
+    with pytest.raises(ValueError, match=r"adjoint_probe.*adjoint_probe\(\)"):
+        inspect.unwrap(fixed_point)(lambda z: z, jnp.zeros((2, 3)), adjoint_probe=jnp.zeros(3))
+    with pytest.raises(TypeError, match=r"rules=.*must be a mapping"):
+        inspect.unwrap(deqjax.check_gradients)(cell, jnp.zeros((2, 3)), jnp.eye(3), jnp.ones((2, 3)), rules=[Phantom()])
     with pytest.raises(ValueError, match=r"did you mean 'anderson'\? There"):
         deqjax.get_solver("andersen")
     with pytest.raises(ValueError, match="did you mean 'memory'"):
         deqjax.get_solver("anderson", memry=3)
     with pytest.raises(ValueError, match="did you mean 'f_stop_mode'"):
         deqjax.DEQ.from_config({"stop_mode": "rel"})
+
+
+def test_what_may_not_be_traced_is_explained():
+    def layer(train, **options):
+        run = inspect.unwrap(deqjax.DEQ.__call__)
+        return run(deqjax.DEQ(), lambda z: 0.5 * z, jnp.zeros((1, 2)), train=train, solver_options=options).stats
+
+    cases = (
+        (lambda x: fixed_point(lambda z: 0.5 * z + x, jnp.zeros((1, 2))).stats.explain(), TypeError, "what they return"),
+        (lambda x: layer(x > 0), ValueError, "train=.*static_argnames"),
+        (lambda x: layer(True, f_max_iter=x.astype(int)), ValueError, "f_max_iter=.*not traced"),
+    )
+    for function, error, message in cases:
+        with pytest.raises(error, match=message):
+            jax.eval_shape(function, jnp.ones(()))
 
 
 @pytest.mark.parametrize("sample_at", [(0,), (3, 1), (5,)])
