@@ -112,11 +112,26 @@ def write_after(
     the reads, by a condition that never holds, which the compiler does not know. It is one per sample, so that samples on
     different devices have nothing to tell each other.
     """
-    first = [x[(slice(None), *(0,) * (x.ndim - 1))] for x in jax.tree.leaves(reads) if 0 not in x.shape[1:]]
+    first = _first_entries(reads)
     if not first:
         return write(history, slot, state)
     never_B = functools.reduce(operator.or_, (jnp.abs(x) > jnp.inf for x in first))
     return write(history, slot, select(never_B, jax.tree.map(jnp.zeros_like, state), state))
+
+
+def interdependent(state: State) -> State:
+    """The state itself; to differentiation, every leaf depends on all of them. Costs nothing once compiled."""
+    first = _first_entries(state)
+    if not first:
+        return state
+    total_B = functools.reduce(operator.add, (x.astype(accumulation_dtype(state)) for x in first))
+    never = jnp.zeros((), bool)
+    return jax.tree.map(lambda x: jnp.where(never, per_sample(total_B, x).astype(x.dtype), x), state)
+
+
+def _first_entries(state):
+    """One entry of every sample `[B]`, for each leaf that has any."""
+    return [x[(slice(None), *(0,) * (x.ndim - 1))] for x in jax.tree.leaves(state) if 0 not in x.shape[1:]]
 
 
 def coefficients(history: PyTree[Inexact[Array, "B M ..."]], state: State) -> Inexact[Array, "B M"]:

@@ -144,6 +144,8 @@ class Implicit(Gradient):
             still = jax.tree.map(jnp.zeros_like, smooth)
             # dz = J dz + (df/dtheta) dtheta.
             explicit = pushforward(tangents[0], jax.tree.map(jnp.zeros_like, z))
+            # A leaf that no parameter moves is a constant here, and a linear solve has no transpose in some leaves alone.
+            explicit = batched.interdependent(explicit)
             residual_map = lambda dz: batched.subtract(dz, pushforward(still, dz))  # noqa: E731
 
             def solve_residual(residual_map, b):

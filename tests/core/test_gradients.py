@@ -87,6 +87,17 @@ def test_forward_mode_gives_every_derivative(adjoint, problem):
         np.testing.assert_allclose(jax.jit(second)(1.0), numerical, rtol=1e-6)
 
 
+@pytest.mark.parametrize("adjoint", [ADJOINTS[1], ADJOINTS[7]], ids=named)
+def test_forward_mode_where_a_parameter_reaches_one_leaf_alone(adjoint):
+    def of(t, rule):
+        f = lambda z: {"a": jnp.tanh(t * z["a"] + z["b"]), "b": 0.5 * z["b"] + 1}
+        start = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((2, 3))}
+        return jnp.sum(fixed_point(f, start, solver=TIGHT, gradient=rule).value["a"] ** 2)
+
+    forward = jax.jit(jax.grad(lambda t: of(t, Implicit(solver=adjoint, forward_mode=True))))
+    np.testing.assert_allclose(forward(0.5), jax.grad(lambda t: of(t, Implicit(solver=TIGHT)))(0.5), rtol=1e-9)
+
+
 def test_krylov_adjoints_treat_samples_alone(problem):
     """A sample's gradient is the same, whatever the others are."""
     W, x = problem
