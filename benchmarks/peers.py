@@ -63,11 +63,13 @@ def _jaxopt(budget):
     """It sees the whole batch as one problem, and stops at an absolute residual."""
     import jaxopt
 
-    common = {"maxiter": budget.steps, "tol": budget.tol, "jit": True}
+    # A residual of exactly 0 would end a solve to the tolerance 0.
+    common = {"tol": budget.tol or -1.0, "jit": True}
     memory = {} if budget.memory is None else {"history_size": budget.memory}
     solvers = {
-        "picard": lambda f: jaxopt.FixedPointIteration(f, **common),
-        "anderson": lambda f: jaxopt.AndersonAcceleration(f, **common, **memory),
+        "picard": lambda f: jaxopt.FixedPointIteration(f, maxiter=budget.steps, **common),
+        # Anderson's iterations begin after one evaluation.
+        "anderson": lambda f: jaxopt.AndersonAcceleration(f, maxiter=budget.steps - 1, **common, **memory),
     }
     return {name: lambda f, start, make=make: make(f).run(start).params for name, make in solvers.items()}
 
@@ -87,7 +89,8 @@ def _banax(budget):
     """The whole batch as one problem, flattened."""
     from banax import adjoint, solver
 
-    common = {"rtol": budget.tol, "atol": 0.0, "max_steps": budget.steps}
+    # Its iterations begin after one evaluation.
+    common = {"rtol": budget.tol, "atol": 0.0, "max_steps": budget.steps - 1}
     memory = ({}, {}) if budget.memory is None else ({"depth": budget.memory}, {"history_size": budget.memory})
     solvers = {
         "picard": solver.Picard(**common),

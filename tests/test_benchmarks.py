@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.peers import Budget, jax_solvers
 from benchmarks.problems import problems
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,6 +39,26 @@ def test_the_solver_benchmark_writes_both_tables(tmp_path):
     reached = [row for row in rows if row["seconds"]]
     assert len(reached) == 5  # plain steps do not get there at radius 0.97
     assert all(row["residual"] <= 1e-5 for row in reached)
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_at_equal_steps_every_library_evaluates_f_as_often(steps):
+    """Also where it has long been at the solution to the last bit. The peers are those that happen to be installed."""
+    count = 0
+
+    def tick():
+        nonlocal count
+        count += 1
+
+    def f(z):
+        jax.debug.callback(tick)
+        return [0.125 * z[0] + 1]
+
+    for name, solve in jax_solvers(Budget(steps)).items():
+        count = 0
+        jax.block_until_ready(jax.jit(lambda z, solve=solve: solve(f, z))([jnp.zeros((3, 4))]))
+        jax.effects_barrier()
+        assert count == steps, name
 
 
 def test_the_maps_of_the_benchmark_keep_the_shapes_of_their_states():
