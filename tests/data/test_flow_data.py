@@ -312,6 +312,24 @@ def test_augmentation_follows_from_its_seed_and_grows_what_is_too_small(photos):
     assert np.any(first.image1 != other.image1)
 
 
+def test_a_picture_smaller_than_the_window_always_grows(photos):
+    """Its border is never repeated instead, as it would be where sizes are left alone (a fifth of the time)."""
+    sample, augmentor = flying_chairs(photos, "train").read(0), FlowAugmentor(crop=(64, 80), min_scale=-1.0, max_scale=-0.5)
+    for seed in range(10):
+        window = augmentor.moved(sample, np.random.default_rng(seed)).image1
+        assert all(np.diff(window, axis=axis).any(axis=(1 - axis, 2)).all() for axis in (0, 1))
+
+
+def test_a_vector_with_an_unknown_neighbour_is_not_known():
+    flow, valid = np.ones((40, 40, 2), np.float32), np.ones((40, 40), np.float32)
+    flow[20, 20], valid[20, 20] = 1e6, 0
+    sample = Sample(*np.zeros((2, 40, 40, 3), np.uint8), flow, valid)
+    for seed in range(4):
+        moved = FlowAugmentor(crop=(40, 40), min_scale=0.5, max_scale=0.5).moved(sample, np.random.default_rng(seed))
+        assert not np.all(moved.valid)
+        np.testing.assert_allclose(np.ptp(np.abs(moved.flow[moved.valid > 0]), axis=0), 0, atol=1e-5)
+
+
 def test_a_window_as_large_as_the_picture_is_the_picture(photos):
     sample = flying_chairs(photos, "train").read(0)
     augmentor = FlowAugmentor(crop=(48, 64), min_scale=0, max_scale=0, flip=False)

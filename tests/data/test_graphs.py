@@ -14,7 +14,16 @@ from deqjax.data.amazon import amazon
 from deqjax.data.chains import chains
 from deqjax.data.download import fetch
 from deqjax.data.errors import DataError
-from deqjax.data.graphs import Graph, augmented, check_graph, check_well_posed, components, spectral_radius, with_radius
+from deqjax.data.graphs import (
+    Graph,
+    augmented,
+    check_graph,
+    check_well_posed,
+    components,
+    spectral_radius,
+    symmetric,
+    with_radius,
+)
 from deqjax.data.letters import letters
 from deqjax.data.ppi import ppi, read_split, synthetic_ppi
 from deqjax.data.tu import folds, read_tu, tu
@@ -44,9 +53,12 @@ def test_a_nilpotent_matrix_has_no_radius_and_a_normalised_one_that_of_one():
     path = Graph(None, np.arange(9), np.arange(1, 10), np.ones(9), 10)
     assert spectral_radius(path) == 0
     np.testing.assert_allclose(spectral_radius(augmented(path)), augmented(path).radius)
+    assert augmented(dataclasses.replace(path, weights=np.full(9, -0.5))).radius is None
     both = dataclasses.replace(path, senders=np.arange(9), receivers=np.arange(1, 10))
     undirected = both.with_adjacency(both.adjacency() + both.adjacency().T)
     np.testing.assert_allclose(spectral_radius(augmented(undirected)), 1, rtol=1e-9)
+    faint = dataclasses.replace(undirected, weights=0.01 * undirected.weights)
+    np.testing.assert_allclose(symmetric(faint).weights, symmetric(undirected).weights)
 
 
 def test_where_no_eigenvalue_stands_out_the_radius_is_bounded_from_above():

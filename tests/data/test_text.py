@@ -52,7 +52,7 @@ class TestVocabulary:
     def test_literal_eos(self, tmp_path):
         path = write(tmp_path / "x", "a <eos> b\n")
         vocab = Vocabulary.build(path)
-        assert vocab.tokens == ["<eos>", "a", "b"]
+        assert vocab.tokens == ["<eos>", "a", "b"] and vocab.counts.tolist() == [1, 1, 1]
         assert vocab.encode_file(path).tolist() == [1, 0, 2, 0]
 
     def test_encode_decode(self):
