@@ -86,6 +86,27 @@ def test_weight_decay_is_part_of_adams_gradient_as_in_pytorch():
     np.testing.assert_allclose(updates["w"], 0.1 * (1 - 0.5 * 2.0), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"name": "sgd", "momentum": 0.5}, 0.5 * 2 + 4),
+        ({"name": "sgd", "momentum": 0.5, "nesterov": True}, 4 + 0.5 * 5),
+        ({"name": "sgd", "clip_value": 1.5}, 1.5),
+        ({"name": "sgd", "clip": 1.0, "weight_decay": 0.5}, 1 + 0.5),
+        ({"name": "adam", "b1": 0.5, "b2": 0.8}, (2.5 / 0.75) / (3.84 / 0.36) ** 0.5),
+        ({"name": "rmsprop", "decay": 0.5}, 4 / (0.5 * 0.5 * 4 + 0.5 * 16) ** 0.5),
+    ],
+    ids=str,
+)
+def test_every_option_is_heeded(settings, expected):
+    """The second update, by PyTorch's formulas, after gradients of 2 and 4 at a weight that stays 1."""
+    optimizer, x = build_optimizer({"learning_rate": 1.0} | settings), jnp.asarray([1.0])
+    state = optimizer.init(x)
+    for gradient in (2.0, 4.0):
+        updates, state = optimizer.update(jnp.asarray([gradient]), state, x)
+    np.testing.assert_allclose(updates, -expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop", "adagrad"])
 def test_every_optimizer_descends(name, momentum):
@@ -111,6 +132,13 @@ def test_the_rate_falls_in_steps_after_the_warm_up():
     assert rates(config, range(8)) == [0.5, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
     with pytest.raises(UserError, match="decay_at"):
         learning_rate({"learning_rate": 1.0, "schedule": "step"})
+
+
+@pytest.mark.parametrize("schedule, last", [("poly", 0.0), ("onecycle", 1 / 25e4)])
+def test_a_rate_stays_where_it_has_fallen_to(schedule, last):
+    """Past the end the formulas have no value, or a negative one."""
+    got = rates({"learning_rate": 1.0, "schedule": schedule, "max_steps": 100}, [100, 101, 150])
+    np.testing.assert_allclose(got, [last] * 3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("config, message", [({"name": "adm"}, "did you mean 'adam'"), ({"schedule": "cosin"}, "'cosine'")])
