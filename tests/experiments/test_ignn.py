@@ -16,7 +16,7 @@ from deqjax.data.ppi import synthetic_ppi
 from deqjax.training.mesh import make_mesh, place_batch
 from deqjax.training.step import prepare, step_function
 from experiments import ignn_chain_lengths, ignn_graphs, ignn_nodes
-from experiments.graph_metrics import accuracy
+from experiments.graph_metrics import accuracy, label_counts
 from experiments.ignn_graphs import GraphTask
 from experiments.ignn_nodes import SPLITS, Example, NodeTask, as_single, graphs_of
 from experiments.many_runs import final_value, finish, without
@@ -212,6 +212,11 @@ def test_slices_with_few_or_no_nodes_that_count_give_the_gradient_of_the_whole()
 def test_a_tie_earns_what_a_guess_would():
     logits, labels = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]]), np.array([0, 1, 0])
     np.testing.assert_allclose(accuracy(jax.numpy.asarray(logits), jax.numpy.asarray(labels)), [1, 0.5, 0])
+
+
+def test_labels_of_padding_are_neither_right_nor_wrong():
+    predicted, labels = np.array([[1, 0], [0, 1], [1, 1], [0, 1]]), np.array([[1, 0], [1, 0], [1, 0], [1, 0]])
+    np.testing.assert_array_equal(label_counts(predicted, labels, np.array([1, 1, 0, 0])), [[1, 0], [0, 1], [1, 0]])
 
 
 def test_amazon_trains_from_its_prepared_folder(tmp_path, capsys):

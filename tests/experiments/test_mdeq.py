@@ -17,6 +17,7 @@ from deqjax.models.mdeq import MDEQConfig
 from deqjax.nn.config import DEQConfig
 from experiments import image_batches
 from experiments.image_batches import skipped
+from experiments.image_losses import IGNORED, ohem_cross_entropy
 from experiments.image_pictures import overlay, voc_palette
 from experiments.image_training import TRAINING, forward, jacobian_weight, regularises
 from experiments.mdeq_classify import ClassificationTask
@@ -179,6 +180,15 @@ def test_overlays_and_palettes():
     np.testing.assert_allclose(out[0, 0], [0.75, 0.25, 0.25])
     np.testing.assert_allclose(out[1, 0], [0.5, 0.5, 0.5])
     np.testing.assert_array_equal(voc_palette(4), [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])
+
+
+def test_the_hardest_pixels_are_counted_among_those_that_are_not_ignored():
+    """As in the original the pixel that sets the bound is left out itself."""
+    right = jnp.asarray([0.3, 0.5, 0.5, 0.1, 0.5, 0.2])
+    labels, logits = jnp.asarray([1, IGNORED, IGNORED, 1, IGNORED, 1]), jnp.log(jnp.stack([1 - right, right], axis=-1))
+    for min_kept, kept in ((1, [0.1]), (2, [0.1, 0.2]), (9, [0.1, 0.2])):
+        loss = ohem_cross_entropy(logits, labels, threshold=0.0, min_kept=min_kept)
+        np.testing.assert_allclose(loss, -np.mean(np.log(kept)), rtol=1e-5)
 
 
 # The phases of training ----------------------------------------------------------------------------------------------
