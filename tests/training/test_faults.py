@@ -103,6 +103,14 @@ def test_an_array_that_reads_well_but_is_another_is_noticed(tmp_path):
     meta.write_text(json.dumps(sealed({k: v for k, v in content.items() if k != "seal"})))
     with pytest.raises(UserError, match="1 arrays are not what was written, params/linear/kernel for one"):
         load_params(tmp_path, 5)
+    train(tmp_path, steps=5)
+    assert (tmp_path / "damaged" / "5").is_dir()
+
+
+def test_a_changed_sign_and_a_changed_order_are_noticed():
+    x = np.arange(1.0, 5, dtype=np.float32)
+    for other in (x * np.array([1, -1, 1, 1], np.float32), x[::-1].copy()):
+        assert changed(described({"x": x}), described({"x": other})) == ["x"]
 
 
 def test_arrays_of_64_bits_are_as_sound_where_jax_computes_with_32():

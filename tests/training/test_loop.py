@@ -6,6 +6,7 @@ import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -140,10 +141,14 @@ def test_a_finished_run_only_evaluates(unbroken, capsys):
 
 
 def test_weights_of_another_run_start_a_new_one(unbroken, tmp_path):
-    state = train(tmp_path, init_from=str(unbroken[1]), steps=0)
-    np.testing.assert_array_equal(state.params["linear"]["kernel"][...], unbroken[0].params["linear"]["kernel"][...])
+    state = train(tmp_path, init_from=str(unbroken[1]), steps=0, ema=0.5)
+    for weights in (state.params, state.ema):
+        np.testing.assert_array_equal(weights["linear"]["kernel"][...], unbroken[0].params["linear"]["kernel"][...])
     assert float(state.variables["mean"][...]) == float(unbroken[0].variables["mean"][...])
     assert not np.any(state.variables["memory"][...]) and int(state.step) == 0
+    # Random streams begin anew as well.
+    draws = [{int(x) for path, x in arrays(s.variables).items() if path[-1] == "count"} for s in (unbroken[0], state)]
+    assert draws == [{12}, {0}]
 
 
 def test_weights_that_are_asked_for_are_used_unless_the_run_began_with_them(unbroken, tmp_path, capsys):
@@ -225,11 +230,23 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(unbroken, tmp_path, mon
     assert lines(tmp_path) == lines(unbroken[1])
 
 
-def test_bad_updates_are_skipped_and_counted(tmp_path):
-    state = train(tmp_path, poison_from=2, poison_to=5)
-    assert int(state.skipped) == 3 and int(state.skipped_in_a_row) == 0 and int(state.step) == 12
-    assert all(np.all(np.isfinite(x)) for x in arrays(state.params).values())
-    assert [entry["train/skipped"] for entry in lines(tmp_path) if "train/skipped" in entry] == [1, 3, 3, 3]
+def test_bad_updates_are_skipped_and_counted(tmp_path, monkeypatch):
+    """Those without a finite gradient, and those without a finite loss; the rate is that of the updates that were made."""
+    original = TinyTask.loss
+
+    def loss(self, model, batch, key, step):
+        value, metrics = original(self, model, batch, key, step)
+        no_gradient = jnp.sqrt(jnp.where(step == 7, 0.0, 1.0) * jnp.sum(model.linear.kernel[...] ** 2))
+        return value + no_gradient + jnp.where(step == 8, jnp.inf, 0.0), metrics
+
+    monkeypatch.setattr(TinyTask, "loss", loss)
+    falling = {"optimizer.schedule": "step", "optimizer.decay_at": (6,), "optimizer.decay_factor": 0.1}
+    state = train(tmp_path, poison_from=2, poison_to=5, ema=0.5, **falling)
+    assert int(state.skipped) == 5 and int(state.skipped_in_a_row) == 0 and int(state.step) == 12
+    assert all(np.all(np.isfinite(x)) for tree in (state.params, state.ema) for x in arrays(tree).values())
+    log = [entry for entry in lines(tmp_path) if "train/skipped" in entry]
+    assert [entry["train/skipped"] for entry in log] == [1, 3, 5, 5]
+    np.testing.assert_allclose([entry["train/lr"] for entry in log], [0.05, 0.05, 0.05, 0.005], rtol=1e-6)
 
 
 def test_too_many_bad_updates_stop_the_run(tmp_path):

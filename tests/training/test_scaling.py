@@ -5,12 +5,14 @@ import inspect
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from deqjax.nn.variables import AdjointProbe
 from deqjax.training.errors import UserError
 from deqjax.training.layout import parameter_spec
 from deqjax.training.mesh import make_mesh, place_batch, process_share
-from deqjax.training.step import prepare
+from deqjax.training.step import loss_function, prepare
 from tests.training.collectives import collectives
 from tests.training.meshes import SHAPES, compiled_step, loss_and_gradient, mesh_of
 from tests.training.runs import assert_close_states, stopped, train
@@ -47,6 +49,21 @@ def test_a_batch_in_slices_has_the_gradient_of_the_whole(shape, on_one_device, m
     for path in whole:
         if path[:2] not in (("variables", "mean"), ("variables", "dropout")):
             np.testing.assert_allclose(sliced[path], whole[path], rtol=1e-5, atol=1e-6, err_msg="/".join(path))
+
+
+def test_every_step_and_every_slice_draws_with_a_key_of_its_own():
+    class Drawing(TinyTask):
+        def loss(self, model, batch, key, step):
+            return jax.random.normal(key), {}
+
+    graphdef, *states = nnx.split(nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Param, AdjointProbe, ...)
+    drawn = [
+        float(loss_function(Drawing(get_config()), graphdef, seed)(*states, {}, step, part)[0])
+        for seed in (0, 1)
+        for step in (0, 1)
+        for part in (None, 0, 1)
+    ]
+    assert len(set(drawn)) == 12
 
 
 def test_slices_that_rows_do_not_fill_are_an_error():

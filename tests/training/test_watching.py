@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deqjax.training import loop
-from deqjax.training.checkpoint import Checkpoints, load_arrays
+from deqjax.training.checkpoint import Checkpoints, load_arrays, load_params
 from deqjax.training.errors import UserError
 from deqjax.training.start import trained_model
 from tests.training.lowering import lowers_everywhere
@@ -42,20 +42,25 @@ def test_an_average_of_the_weights_is_kept_evaluated_and_inherited(tmp_path):
 
 
 def test_the_average_is_that_of_its_definition(tmp_path):
-    # Of one update: halfway between where the weights began and where they are.
-    state = train(tmp_path / "a", ema=0.5, steps=1)
+    # Of one update: nine parts where the weights began, one where they are.
+    state = train(tmp_path / "a", ema=0.9, steps=1)
     begun = train(tmp_path / "b", steps=0)
     kernel = lambda tree: np.asarray(tree["linear"]["kernel"][...])
-    np.testing.assert_allclose(kernel(state.ema), (kernel(begun.params) + kernel(state.params)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(kernel(state.ema), 0.9 * kernel(begun.params) + 0.1 * kernel(state.params), rtol=1e-6)
 
 
 def test_a_run_that_gets_no_better_stops_early_and_stays_stopped(tmp_path, monkeypatch, capsys):
     losses = iter([3.0, 2.0, 2.5, 2.2, 1.0, 0.5])
-    monkeypatch.setattr(TinyTask, "evaluate", lambda self, model, split: {"loss": next(losses)} if split == "valid" else {})
+
+    def evaluate(self, model, split):
+        return {"loss": next(losses)} if split == "valid" else {"sum": float(model.linear.kernel[...].sum())}
+
+    monkeypatch.setattr(TinyTask, "evaluate", evaluate)
     settings = {"patience": 2, "eval_every": 2, "checkpoint_every": 3}
     state = train(tmp_path, **settings)
     assert int(state.step) == 8 and int(state.stale) == 2 and float(state.best) == 2.0
     assert Checkpoints(tmp_path).best_steps()[0] == 4
+    assert lines(tmp_path)[-1]["test/sum"] == pytest.approx(load_params(tmp_path, 4)["linear"]["kernel"].sum(), rel=1e-6)
     assert "Stopped early: the last 2 evaluations (config.patience) brought no better loss" in capsys.readouterr().out
     assert int(train(tmp_path, **settings).step) == 8
     assert next(losses) == 1.0  # nothing was evaluated again
@@ -73,6 +78,9 @@ def test_what_is_best_starts_anew_with_another_metric(tmp_path):
     state = train(tmp_path, allow_changes=True, best_metric="mean", best_mode="max")
     last = [entry["valid/mean"] for entry in lines(tmp_path) if "valid/mean" in entry][-1]
     assert float(state.best) == pytest.approx(last) and int(state.stale) == 0
+    kept = Checkpoints(tmp_path, metric="mean", mode="max")
+    ranked = [kept.meta(step)["evaluation"]["mean"] for step in kept.best_steps()]
+    assert len(ranked) >= 2 and ranked == sorted(ranked, reverse=True)
 
 
 def test_patience_survives_a_crash_between_evaluation_and_end(tmp_path, monkeypatch):
