@@ -276,13 +276,14 @@ def test_bfloat16_state_keeps_its_dtype_and_float32_residuals():
 def test_adjoint_statistics_arrive_as_a_gradient(problem):
     W, x = problem
 
-    def loss(probe):
+    def loss(probe, scale):
         rule = Implicit(solver=Picard(max_steps=50, tol=1e-6))
-        return jnp.sum(fixed_point(cell, jnp.zeros_like(x), W, x, gradient=rule, adjoint_probe=probe).value)
+        return scale * jnp.sum(fixed_point(cell, jnp.zeros_like(x), W, x, gradient=rule, adjoint_probe=probe).value)
 
-    measured = jax.grad(loss)(deqjax.adjoint_probe())
-    _, rel, steps, converged, _, samples = np.asarray(measured)
+    measured, tiny = (np.asarray(jax.grad(loss)(deqjax.adjoint_probe(), scale)) for scale in (1.0, 1e-12))
+    _, rel, steps, converged, _, samples = measured
     assert samples == 4 and converged == 4 and 0 < steps / samples < 50 and rel / samples < 1e-6
+    np.testing.assert_allclose(tiny, measured * np.array([1e-12, 1, 1, 1, 1, 1]), rtol=1e-4)  # at whatever size it is solved
 
 
 def test_sharding_over_the_batch_needs_one_reduction_per_step(problem):

@@ -16,6 +16,10 @@ def test_the_jacobian_loss_is_the_squared_norm_per_entry():
     A = jax.random.normal(jax.random.key(0), (6, 6))
     estimate = jacobian_loss(lambda z: z @ A, jnp.zeros((500, 6)), jax.random.key(1), n_probes=20)
     np.testing.assert_allclose(estimate, jnp.sum(A**2) / 6, rtol=0.05)
+    # Probes of different leaves are independent.
+    z = jnp.zeros((500, 6))
+    mixed = jacobian_loss(lambda z: (z[0] + z[1],) * 2, (z, z), jax.random.key(1), n_probes=20)
+    np.testing.assert_allclose(mixed, 2, rtol=0.05)
 
 
 @pytest.mark.parametrize("method", ["power", "arnoldi"])

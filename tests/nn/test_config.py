@@ -43,6 +43,10 @@ def test_shine_by_name():
     np.testing.assert_allclose(jax.grad(loss)(0.5), numeric, rtol=1e-4)
 
 
+def test_tolerances_of_the_adjoint_are_relative_but_for_the_preset():
+    assert [DEQConfig(preset=preset).backward_solver().stop_mode for preset in (None, "torchdeq")] == ["rel", "abs"]
+
+
 def test_solves_without_statistics():
     solver = DEQConfig(no_stat=True, f_max_iter=7).forward_solver(7, 1e-3)
     assert isinstance(solver, Picard) and not solver.monitor

@@ -48,3 +48,9 @@ def test_a_trajectory_ends_where_evaluation_does_and_has_a_residual_for_every_st
     np.testing.assert_allclose(states[-1], evaluated.states[-1], rtol=1e-14)
     np.testing.assert_allclose(stats.rel_lowest, evaluated.stats.rel_lowest, rtol=1e-12)
     assert stats.rel_trace.shape == (3, 4) and np.all(np.diff(stats.rel_trace) < 0)
+
+
+def test_evaluation_may_have_a_tolerance_of_its_own_and_a_trajectory_heeds_none():
+    deq = DEQ(f_max_iter=20, f_tol=1e9, eval_f_tol=0.0)
+    steps = [deq(F, START, train=train).stats.steps for train in (True, False)]
+    np.testing.assert_array_equal(jnp.stack([*steps, deq.trajectory(F, START, (2, 5))[1].steps])[:, 0], [1, 20, 5])
