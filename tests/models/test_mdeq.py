@@ -1,6 +1,7 @@
 """Multiscale models: published sizes, initial distributions, settings, checkpoints of every dialect."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,11 @@ def test_one_mask_per_sample_and_channel():
     assert [m.shape for (m,) in masks] == [(64, 1, 1, 4), (64, 1, 1, 8)]
     assert set(np.unique(masks[0][0])) == {0.0, 2.0} and not np.array_equal(masks[0][0], masks[1][0][..., :4])
     assert cell.sample_masks(None, 64) == ((None,), (None,))
+    # Each block of each map draws for itself, and only in training.
+    model, images = tiny(dropout=0.5, channels=(4, 4), n_blocks=2), jnp.ones((1, 8, 8, 3))
+    drawn = jax.tree.leaves(model.cell.sample_masks(jax.random.key(1), 64))
+    assert all(np.any(a != b) for a, b in itertools.combinations(drawn, 2)) and len(drawn) == 4
+    assert not jax.tree.leaves(jax.eval_shape(lambda x: model.encode(x, key=jax.random.key(1)).masks, images))
 
 
 def test_one_feature_map_needs_no_fusion():

@@ -1,6 +1,7 @@
 """Properties of the DEQ transformer."""
 
 import dataclasses
+import itertools
 import warnings
 
 import jax
@@ -91,6 +92,21 @@ def test_one_mask_per_solve():
         assert np.any(out.stats.converged)
         np.testing.assert_allclose(moved[out.stats.converged], 0, atol=1e-5)
     assert np.max(np.abs(outs[0].states[-1] - outs[1].states[-1])) > 1e-2
+
+
+def test_every_mask_is_a_draw_of_its_own():
+    settings = dict(recipe="deq-lm", norm="pre_bounded", n_layer=2, position_dropout="positions")
+    lm = nnx.eval_shape(lambda: build(dict(n_states=2), dropout=0.5, dropatt=0.5, **settings))
+    masks = lm.sample_masks(jax.random.key(0), 8, 6, 4)
+    drawn = jax.tree.leaves(masks)
+    assert len(drawn) == 12  # of embedding and positions, four of each block, one of each state
+    assert all(a.shape != b.shape or np.any(a != b) for a, b in itertools.combinations(drawn, 2))
+    assert masks.position.shape == (10, 1)
+
+
+def test_a_memory_passes_no_gradient_on():
+    kept = lambda z: Memory.empty(1, 2, 2).append(z, jnp.ones((1, 3, 6)), 2).z
+    assert np.all(kept(jnp.ones((1, 3, 2))) == 1) and not np.any(jax.grad(lambda z: jnp.sum(kept(z)))(jnp.ones((1, 3, 2))))
 
 
 def test_every_parameter_gets_a_gradient():
