@@ -240,11 +240,12 @@ def test_the_projection_passes_gradients_straight_through():
         np.testing.assert_allclose(a, b, rtol=1e-10)
 
 
-@pytest.mark.parametrize("n_graphs", [1, 3])
-def test_training_keeps_the_projected_weight_and_evaluation_changes_nothing(n_graphs):
-    """Whatever number of empty graphs fills the batch."""
-    net, batch = network(kappa=0.3), stack([graph(0, radius=0.5)], Bucket(8, 60), n_graphs)
-    layer, bound = net.layers[0], 0.3 / 0.5
+@pytest.mark.parametrize(("radii", "n_graphs"), [([0.5], 1), ([0.5], 3), ([0.5, 1.0], 2)])
+def test_training_keeps_the_projected_weight_and_evaluation_changes_nothing(radii, n_graphs):
+    """That of the smallest ball, whatever number of empty graphs fills the batch."""
+    graphs = [graph(k, radius=radius) for k, radius in enumerate(radii)]
+    net, batch = network(kappa=0.3), stack(graphs, Bucket(8, 60), n_graphs)
+    layer, bound = net.layers[0], 0.3 / max(radii)
     stored = lambda: np.abs(layer.weight.kernel[...] + layer.offset[...]).sum(axis=0).max()
     before = stored()
     apply(net, batch)
