@@ -115,6 +115,18 @@ def test_one_more_slot_is_exact_after_each_evaluation(weights, damping):
     assert (max(worst) < 1e-10) == (weights == "prefix")
 
 
+def test_what_is_remembered_moves_with_the_window():
+    """Two slots on for the second sample: those that enter have no history, and two fewer are exact."""
+    solver, z = TriangularAnderson(memory=3), jax.random.normal(jax.random.key(0), (4, 2, 5, 1))
+    step, state = jax.jit(lambda k, state: solver.step(None, z[k], z[k + 1], state)[1]), solver.init(z[0])
+    for k in range(3):
+        state = step(k, state)
+    moved = jax.jit(solver.shift)(state, jnp.asarray([0, 2]))
+    np.testing.assert_array_equal(moved.exact, [3, 1])
+    np.testing.assert_array_equal(moved.kept, np.broadcast_to([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], (2, 2, 5)))
+    np.testing.assert_array_equal(moved.residuals[1, :, :3], state.residuals[1, :, 2:])
+
+
 def test_samples_stop_one_by_one_and_do_not_depend_on_their_batch():
     system, x_T, _ = problem(T=30, B=3)
     x_T = x_T * jnp.asarray([0.01, 1.0, 3.0])[:, None, None, None]
@@ -250,6 +262,17 @@ def test_inversion_finds_the_latent_of_a_sample(gradient):
     np.testing.assert_array_equal(state.best_loss, np.min(losses, axis=0))
     image = sample_ddim(system.denoise, system.chain, state.best_x_T).image
     np.testing.assert_allclose(jnp.sum(jnp.square(image - target), axis=(1, 2, 3)), state.best_loss, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_an_update_keeps_the_latent_of_its_loss_and_begins_where_the_last_one_ended(warm_start):
+    system, x_T, _ = problem(B=1)
+    settings = {"optimizer": optax.sgd(1e-9), "solver": TriangularAnderson(max_steps=12, tol=1e-4), "warm_start": warm_start}
+    init, update = inversion(system, jnp.zeros_like(x_T), **settings)
+    first = (update := jax.jit(update))(init(x_T))
+    np.testing.assert_array_equal(first.best_x_T, x_T)
+    assert np.any(first.x_T != x_T)
+    assert (int(update(first).calls) <= 2) == warm_start and int(first.calls) > 2
 
 
 # The network ---------------------------------------------------------------------------------------------------------
