@@ -171,6 +171,25 @@ def test_integers_booleans_and_keys_may_be_captured(rule, problem):
     np.testing.assert_allclose(of(rule, solver), of(Unrolled(), Picard(max_steps=100)), atol=1e-8)
 
 
+def test_what_shine_estimates_for_a_sample_is_not_touched_by_its_batch_mates():
+    """One that converged early stands still, and the inverse learnt on its way stays as it is."""
+    rates, x = jnp.asarray([[0.3], [0.95]]), jnp.asarray([[0.1, 0.5, 0.9], [0.2, 0.6, 1.0]])
+    rule, solver = Implicit(solver=SHINE(fallback=1e9)), Broyden(max_steps=20, tol=1e-6, memory=None)
+
+    @jax.jit
+    def gradient(rates, x):
+        def loss(x):
+            f = lambda z, x: rates * jnp.sin(z) + x
+            solution = fixed_point(f, jnp.zeros_like(x), x, solver=solver, gradient=rule)
+            return jnp.sum(solution.value**2), solution.stats.steps
+
+        return jax.grad(loss, has_aux=True)(x)
+
+    (together, steps), (alone, _) = gradient(rates, x), gradient(rates[:1], x[:1])
+    assert steps[0] < steps[1]
+    np.testing.assert_allclose(together[:1], alone, rtol=1e-9)
+
+
 @pytest.mark.parametrize(("max_steps", "tol"), [(12, 0.0), (60, 3e-2)], ids=["the whole budget", "an early stop"])
 def test_the_reversible_gradient_is_that_of_its_own_steps(max_steps, tol, problem):
     """Exact after any number of steps, converged or not, and to the start as well."""
