@@ -47,6 +47,11 @@ def test_tolerances_of_the_adjoint_are_relative_but_for_the_preset():
     assert [DEQConfig(preset=preset).backward_solver().stop_mode for preset in (None, "torchdeq")] == ["rel", "abs"]
 
 
+def test_the_options_of_a_call_come_before_those_of_the_config():
+    config = DEQConfig(f_options={"damping": 0.5})
+    assert [config.forward_solver(7, 1e-3, options).damping for options in (None, {"damping": 0.25})] == [0.5, 0.25]
+
+
 def test_solves_without_statistics():
     solver = DEQConfig(no_stat=True, f_max_iter=7).forward_solver(7, 1e-3)
     assert isinstance(solver, Picard) and not solver.monitor

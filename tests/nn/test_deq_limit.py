@@ -50,6 +50,13 @@ def test_a_trajectory_ends_where_evaluation_does_and_has_a_residual_for_every_st
     assert stats.rel_trace.shape == (3, 4) and np.all(np.diff(stats.rel_trace) < 0)
 
 
+def test_the_result_of_evaluation_has_the_implicit_gradient():
+    deq = DEQ(f_max_iter=60, f_tol=1e-13, b_tol=1e-12)
+    run = lambda w: jnp.sum(deq(lambda z: w * jnp.cos(z) + 0.1, START, train=False).states[-1] ** 2)
+    run = jax.jit(jax.value_and_grad(run))
+    np.testing.assert_allclose(run(0.5)[1], (run(0.5 + 1e-5)[0] - run(0.5 - 1e-5)[0]) / 2e-5, rtol=1e-6)
+
+
 def test_evaluation_may_have_a_tolerance_of_its_own_and_a_trajectory_heeds_none():
     deq = DEQ(f_max_iter=20, f_tol=1e9, eval_f_tol=0.0)
     steps = [deq(F, START, train=train).stats.steps for train in (True, False)]

@@ -151,5 +151,6 @@ def test_dropout_of_channels_and_tokens(n):
         assert set(np.unique(mask)) == {0.0, 2.0}
     negative = VariationalDropout(0.5, (-1,)).mask(jax.random.key(0), shape)
     np.testing.assert_array_equal(negative, tokens)
+    assert np.all(VariationalDropout(1.0).mask(jax.random.key(0), shape) == 0)
     with pytest.raises(ValueError, match="not all of these are axes"):
         VariationalDropout(0.5, (7,)).mask(jax.random.key(0), shape)
