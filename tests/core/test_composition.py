@@ -169,6 +169,13 @@ def test_nan_at_step_k_returns_the_best_finite_iterate(step):
     np.testing.assert_allclose(best[:, 0], [2.0, 1.0 if step > 1 else 0.0], rtol=1e-8)
 
 
+def test_a_sample_that_failed_does_not_keep_those_that_wait_for_all_from_stopping():
+    f = lambda z: jnp.where(jnp.asarray([[False], [True]]), jnp.nan, 0.5 * z + 1)
+    stats = solve(f, jnp.zeros((2, 3)), Picard(stop="all", max_steps=60, tol=1e-6)).stats
+    assert list(map(int, stats.status)) == [Status.CONVERGED, Status.NON_FINITE]
+    assert stats.steps[0] < 40 and stats.steps[1] == 1
+
+
 @pytest.mark.parametrize("forward_mode", [False, True])
 def test_the_solution_is_finite_where_only_its_image_is_not(forward_mode):
     """f(z) at the best state of a sample that ended in NaN may be that very NaN."""
