@@ -120,6 +120,13 @@ def test_clipped_spectral_norms_make_the_equilibrium_unique(name):
     np.testing.assert_allclose(cold.states[-1], other.states[-1], atol=2e-3)
 
 
+def test_the_first_estimate_of_a_spectral_norm_is_one():
+    model = INR(INRConfig(n_in=2, n_out=1, n_hidden=16, input_scale=8.0), DEQConfig(norm_type="spectral_norm"), nnx.Rngs(0))
+    for layer in model.layers:
+        u, kernel, v = (x[...] for x in (layer.u, layer.kernel, layer.v))
+        np.testing.assert_allclose(u @ kernel.T @ v, np.linalg.norm(kernel, 2), rtol=0.02)
+
+
 @pytest.mark.parametrize(
     "deq", [{"grad": 1}, {"grad": 3}, {"ift": True}, {"hook_ift": True}, {**CLIPPED, "grad": 2}, {"norm_type": "none"}]
 )
