@@ -23,7 +23,7 @@ class SHINE:
     hardly better than the Jacobian-free gradient. `refine` improves on it.
 
     Attributes:
-      refine: steps of `solver` that start from the estimate.
+      refine: products with the Jacobian that `solver` may take from the estimate on; Broyden's first one only measures it.
       solver: for the refinement.
       fallback: a sample whose estimate is longer than so many times its right-hand side starts from that instead.
     """
