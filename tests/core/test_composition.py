@@ -10,8 +10,23 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from deqjax import Anderson, Broyden, Implicit, NewtonKrylov, Phantom, Picard, Reversible, Status, fixed_point
+from deqjax import (
+    GMRES,
+    SHINE,
+    Anderson,
+    BiCGSTAB,
+    Broyden,
+    Implicit,
+    NewtonKrylov,
+    NormalCG,
+    Phantom,
+    Picard,
+    Reversible,
+    Status,
+    fixed_point,
+)
 from deqjax.core.solve import solve
+from tests.training.lowering import lowers_everywhere
 
 SOLVERS = [Picard(tol=1e-6), Anderson(tol=1e-6), Broyden(tol=1e-6)]
 
@@ -197,6 +212,25 @@ def test_a_step_into_nan_does_not_reach_other_samples(solver):
     np.testing.assert_array_equal(solution.value[0], alone.value[0])
     assert solution.stats.status[0] == Status.CONVERGED and solution.stats.status[1] == Status.NON_FINITE
     assert np.all(np.isfinite(solution.stats.rel_lowest))
+
+
+@pytest.mark.parametrize(
+    "solver, rule",
+    [
+        (Picard(), Phantom(steps=2)),
+        (Anderson(), Implicit(solver=GMRES(), forward_mode=True)),
+        (Anderson(memory=12), Implicit(solver=BiCGSTAB())),
+        (Anderson(kind="I"), Implicit(solver=NormalCG())),
+        (Broyden(line_search="sample"), Implicit(solver=SHINE(refine=2))),
+        (NewtonKrylov(), Implicit(solver=Anderson())),
+    ],
+    ids=named,
+)
+def test_every_method_lowers_for_every_platform(solver, rule, problem):
+    def loss(W, x):
+        return jnp.sum(fixed_point(cell, jnp.zeros_like(x), W, x, solver=solver, gradient=rule).value ** 2)
+
+    lowers_everywhere(jax.grad(loss), *(jnp.asarray(a, jnp.float32) for a in problem))
 
 
 def test_parameters_of_a_linen_module():
