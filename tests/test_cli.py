@@ -60,6 +60,12 @@ def test_train_then_eval_then_a_mode_of_the_task(tmp_path, capsys):
     assert "weights (4, 2)" in capsys.readouterr().out
 
 
+def test_a_misspelt_directory_is_not_made(tmp_path, capsys):
+    assert run(TinyTask, ["tiny", CONFIG, f"--workdir={tmp_path / 'runz' / 'tiny'}", "--mode=eval"]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "runz" / "tiny").exists()
+
+
 def test_a_package_that_is_not_installed_is_named(tmp_path, capsys):
     class Task(TinyTask):
         def data(self, split):

@@ -19,7 +19,8 @@ def kept_in(workdir):
 
     A directory that cannot be written is left alone: programs are then compiled anew.
     """
-    folder = Path(workdir).absolute() / FOLDER
+    workdir = Path(workdir).absolute()
+    folder, new = workdir / FOLDER, not workdir.exists()
     if jax.config.jax_compilation_cache_dir is not None:
         yield
         return
@@ -33,6 +34,11 @@ def kept_in(workdir):
         yield
     finally:
         _use(None, seconds)
+        # A command that compiled nothing, such as one with a misspelt --workdir, leaves no empty directory.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            if new:
+                workdir.rmdir()
 
 
 def _drop_torn(folder: Path) -> None:
