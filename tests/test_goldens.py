@@ -7,13 +7,13 @@ import json
 import pathlib
 
 from tests.golden import Case
-from tests.kinds import core, deq_ddim, deq_flow, deq_flow_data, deq_inr, deq_lm, ignn, mdeq
+from tests.kinds import core, deq_ddim, deq_flow, deq_flow_data, deq_flow_parts, deq_inr, deq_lm, ignn, mdeq
 
 # Parts of the project, each with its kinds: name -> check(case, sub).
 PARTS = {
     "core": core.KINDS,
     "deq_ddim": deq_ddim.KINDS,
-    "deq_flow": deq_flow.KINDS | deq_flow_data.KINDS,
+    "deq_flow": deq_flow.KINDS | deq_flow_parts.KINDS | deq_flow_data.KINDS,
     "deq_inr": deq_inr.KINDS,
     "deq_lm": deq_lm.KINDS,
     "ignn": ignn.KINDS,

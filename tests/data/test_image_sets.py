@@ -1,11 +1,9 @@
-"""Image data: every published form, augmentations, damaged and unusual files, background threads."""
+"""Image data: every published form, damaged and unusual files."""
 
 import io
-import os
 import pickle
 import struct
 import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from deqjax.data.cityscapes import LABEL_IDS, Cityscapes, label_ids, training_nu
 from deqjax.data.digits import digits
 from deqjax.data.errors import DataError
 from deqjax.data.image_set import Damaged, FromTFDS, ImageArrays, class_folders
-from deqjax.data.prefetch import Prefetch, rows_of_batch, stacked
 from deqjax.data.recordio import record_images
 from deqjax.data.shapes import Shapes
 
@@ -279,83 +276,6 @@ def test_label_ids_have_training_numbers_and_back(tmp_path):
         Cityscapes(tmp_path, "train")[0]
 
 
-# Augmentations -------------------------------------------------------------------------------------------------------
-
-
-def test_a_window_of_a_padded_image_shows_the_image_moved():
-    images = random_images(64, 8)
-    out = augment.pad_crop_flip(images, np.random.default_rng(0), pad=2)
-    assert out.shape == images.shape
-    shown = 0
-    for image, moved in zip(images, out, strict=True):
-        padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
-        windows = [padded[y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
-        shown += any(np.array_equal(moved, w) or np.array_equal(moved, w[:, ::-1]) for w in windows)
-    assert shown == 64
-    still = augment.pad_crop_flip(images, np.random.default_rng(0), pad=0, flip=False)
-    np.testing.assert_array_equal(still, images)
-
-
-def test_a_resized_crop_keeps_to_its_area_and_aspect():
-    # Coordinates as colours tell which part of the image a crop shows.
-    y, x = np.mgrid[:200, :240]
-    image = np.stack([y, x, 0 * y], axis=-1).astype(np.uint8)
-    shares, aspects = [], []
-    for seed in range(200):
-        crop = augment.random_resized_crop(image, np.random.default_rng(seed), 32, (0.1, 0.3), (0.5, 3.0)).astype(float)
-        assert crop.shape == (32, 32, 3)
-        # Between the outermost pixel centres lie 31 of 32 parts.
-        h, w = (np.ptp(crop[..., c]) * 32 / 31 for c in (0, 1))
-        shares.append(h * w / (200 * 240))
-        aspects.append(w / h)
-    assert 0.08 < min(shares) < 0.12 and 0.27 < max(shares) < 0.33
-    # Width over height; half of them are below the mean of the two in logarithms.
-    assert 0.45 < min(aspects) < 0.6 and 2.6 < max(aspects) < 3.3 and 1.05 < np.median(aspects) < 1.4
-    # Nothing of that shape fits: the largest central part.
-    strip = augment.random_resized_crop(image[:10], np.random.default_rng(0), 16, (0.9, 1.0), (1.0, 1.0))
-    assert strip[..., 1].min() >= 114 and strip[..., 1].max() <= 125
-    # Where the middle falls between two pixels, it is the first of them.
-    middle = augment.random_resized_crop(image[:1, :4], np.random.default_rng(0), 1, (9.0, 9.0), (1.0, 1.0))
-    np.testing.assert_array_equal(middle, image[:1, 1:2])
-
-
-def test_the_centre_of_a_resized_image():
-    image = random_images(1, 40)[0][:, :20]
-    out = augment.resize_and_center(image, 20, 16)
-    np.testing.assert_array_equal(out, image[12:28, 2:18])
-    assert augment.resize_and_center(image, 10, 12).shape == (12, 12, 3)
-    for height, width in ((5, 7), (7, 5), (300, 257), (1, 9)):
-        assert augment.resize_and_center(np.zeros((height, width, 1), np.uint8), 4, 4).shape == (4, 4, 1)
-    # 4 * 11 / 6 = 7.33 and 4 * 10 / 6 = 6.67 pixels are 7 and 6; 1.5 and 1 are left out on the left, as torchvision has it.
-    for width, resized_width, left in ((11, 7, 2), (10, 6, 1)):
-        image = random_images(1, width)[0][:6]
-        whole = augment.resize(image, 4, resized_width)
-        np.testing.assert_array_equal(augment.resize_and_center(image, 4, 4), whole[:, left : left + 4])
-
-
-def test_scaled_windows_keep_image_and_labels_together():
-    """Where the image says which label a pixel has, it still does after the augmentation."""
-    labels = np.zeros((32, 64), np.uint8)
-    labels[8:24, 16:48] = 1
-    image = np.repeat(200 * labels[..., None] + 20, 3, axis=-1)
-    filled = 0
-    for seed in range(30):
-        window, moved = augment.scale_and_crop(image, labels, np.random.default_rng(seed), (24, 48), base=64)
-        assert window.shape == (24, 48, 3) and moved.shape == (24, 48)
-        missing = moved == 255
-        filled += missing.any()
-        assert np.all(window[missing] == 0)
-        inside = ~missing & (np.abs(window[..., 0].astype(int) - 120) > 90)
-        np.testing.assert_array_equal(window[inside][:, 0] > 120, moved[inside] == 1)
-    assert 0 < filled < 30
-    flat = [
-        augment.scale_and_crop(image[:2], labels[:2], np.random.default_rng(seed), (24, 48), base=10) for seed in range(150)
-    ]
-    assert flat[0][0].shape == (24, 48, 3)
-    # From 0.5 to 2.1 times the base, in tenths.
-    assert {np.count_nonzero(moved[0] != 255) for _, moved in flat} == {*range(5, 22)}
-
-
 # Offline sets --------------------------------------------------------------------------------------------------------
 
 
@@ -370,68 +290,6 @@ def test_the_offline_sets_are_what_they_say():
     assert not np.array_equal(shapes[0][0], Shapes("test", 100)[0][0])
     counts = np.bincount(np.concatenate([shapes[i][1].ravel() for i in range(100)]), minlength=4)
     assert np.all(counts[1:] > 0.03 * counts.sum()) and counts[0] > counts[1:].max()
-
-
-# Threads -------------------------------------------------------------------------------------------------------------
-
-
-def numbered(step):
-    def job(row):
-        return {"x": np.random.default_rng((step, row)).normal(size=3), "n": np.int32(step)}
-
-    return [lambda row=row: job(row) for row in range(4)]
-
-
-def test_an_epoch_holds_every_item_once_in_an_order_of_its_own():
-    epochs = [np.concatenate([rows_of_batch(3, 2 * epoch + part, 9, 4) for part in (0, 1)]) for epoch in (0, 1)]
-    assert all(len(set(rows)) == 8 and set(rows) <= set(range(9)) for rows in epochs)
-    assert not np.array_equal(*epochs) and not np.array_equal(rows_of_batch(4, 0, 9, 4), rows_of_batch(3, 0, 9, 4))
-
-
-@pytest.mark.parametrize("threads", [0, 1, 5])
-def test_batches_depend_on_their_number_alone(threads):
-    stream = Prefetch(numbered, stacked, threads=threads)
-    for step in (0, 1, 2, 7, 3, 3):
-        batch = stream.batch(step)
-        expected = stacked([job() for job in numbered(step)])
-        np.testing.assert_array_equal(batch["x"], expected["x"])
-        assert np.all(batch["n"] == step)
-    assert stream.rate(seconds=0.01) > 0
-
-
-def test_the_next_batches_are_made_meanwhile_and_no_more():
-    begun, ready = [], threading.Event()
-
-    def jobs(step):
-        def job():
-            begun.append(step)
-            if len(set(begun)) == 3:
-                ready.set()
-            return {"x": np.zeros(1)}
-
-        return [job]
-
-    stream = Prefetch(jobs, stacked, threads=2, ahead=2)
-    stream.batch(0)
-    assert ready.wait(10) and sorted(set(begun)) == [0, 1, 2]
-
-
-def test_threads_do_without_what_only_linux_tells(monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert len(Prefetch(numbered, stacked).batch(1)["x"]) == len(numbered(1))
-
-
-def test_what_a_thread_raises_reaches_the_caller():
-    def jobs(step):
-        def job():
-            raise DataError("no such image")
-
-        return [job]
-
-    with pytest.raises(DataError, match="no such image"):
-        Prefetch(jobs, stacked).batch(0)
-    with pytest.raises(ValueError, match="ahead=0"):
-        Prefetch(jobs, stacked, ahead=0)
 
 
 def test_arrays_are_images():

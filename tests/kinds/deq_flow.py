@@ -1,8 +1,7 @@
-"""Golden kinds of the flow networks."""
+"""Golden kinds of whole flow networks, their losses, metrics and schedules."""
 
 import ast
 import functools
-import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -11,331 +10,27 @@ import optax
 from flax import nnx
 
 from deqjax.core.correction import fixed_point_correction
-from deqjax.interop.flow import (
-    aggregate_entries,
-    canonical,
-    cell_entries,
-    encoder_entries,
-    entries,
-    export_flow,
-    load_flow,
-)
-from deqjax.interop.state_dict import Entry, conv_entries, load_entries
-from deqjax.models.flow import (
-    Aggregate,
-    Attention,
-    Cell,
-    DEQFlow,
-    Encoder,
-    FlowConfig,
-    Injection,
-    State,
-    convex_upsample,
-    correlate,
-    grid,
-    lookup,
-    next_start,
-)
-from deqjax.models.mdeq import resize_bilinear
+from deqjax.interop.flow import canonical, entries, export_flow, load_flow
+from deqjax.interop.state_dict import load_entries
+from deqjax.models.flow import DEQFlow, State, grid, lookup, next_start
 from deqjax.nn.config import DEQConfig
 from deqjax.optim.optimizer import build_optimizer
 from deqjax.optim.schedules import learning_rate
 from experiments.flow_metrics import end_point_error, masked_l1, scores
 from tests.golden import Case, close
-
-# Much is compiled here, and little computed.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-# Some references were stored in float32.
-HALF = {np.dtype("float64"): 1e-9, np.dtype("float32"): 1e-6}
-
-
-def last(x):
-    """Channels last, from the reference's layout."""
-    return jnp.asarray(np.moveaxis(np.asarray(x), 1, -1))
-
-
-def first(x):
-    """... and back."""
-    return np.moveaxis(np.asarray(x), -1, 1)
-
-
-def same(got, want, what, rtol=None):
-    close(got, want, rtol=HALF[np.asarray(want).dtype] if rtol is None else rtol, what=what)
-
-
-# Parameters of the references ----------------------------------------------------------------------------------------
-
-
-def parameters(case: Case) -> dict[str, np.ndarray]:
-    """Regenerated from the case's rules, and compared with its check sums."""
-    arrays = case.group("param")
-    rules = case.meta.get("param_rules", ())
-    for rule in sorted(rules, key=lambda rule: ("randn" not in rule["kind"], rule["kind"] == "alias")):
-        arrays[rule["key"]] = _by_rule(rule, arrays)
-        if "check" in rule:
-            x = arrays[rule["key"]]
-            np.testing.assert_allclose([x.sum(), np.abs(x).sum(), x.flat[0], x.flat[-1]], rule["check"], rtol=1e-9, atol=1e-9)
-    return arrays
-
-
-def _by_rule(rule, arrays):
-    if rule["kind"] == "alias":
-        return arrays[rule["src"]]
-    x = np.random.RandomState(rule["seed"]).standard_normal(rule["shape"])
-    x = np.abs(x) if rule["kind"] == "absrandn" else x
-    x = rule["offset"] + rule["scale"] * x
-    if rule["kind"] == "rownorm":
-        source = arrays[rule["src"]]
-        x = np.sqrt(np.sum(source**2, axis=tuple(range(1, source.ndim)))).reshape(rule["shape"]) * x
-    x[rule.get("zero_rows", [])] = 0
-    for index, value in rule.get("set", ()):
-        x[tuple(index)] = value
-    return x
-
-
-def seeded(case: Case, name: str):
-    seed, shape, scale = case.meta["seeded"][name]
-    return last(scale * np.random.RandomState(seed).standard_normal(shape))
-
-
-def options(case: Case) -> dict:
-    """The command line of the reference."""
-    words, found = case.meta["config"].split(), {}
-    for word, value in zip(words, [*words[1:], "--"], strict=True):
-        if word.startswith("--"):
-            found[word[2:]] = True if value.startswith("--") else value
-    return found
-
-
-def architecture(case: Case) -> FlowConfig:
-    flags = options(case)
-    size = next((size for size in ("tiny", "large", "huge", "gigantic") if size in flags), "base")
-    return FlowConfig(size=size, **{name: name in flags for name in ("gma", "all_grad", "old_version")})
-
-
-def equilibrium(case: Case) -> DEQConfig:
-    numbers = {"f_max_iter": int, "n_states": int, "grad": int, "b_max_iter": int, "eval_f_max_iter": int}
-    numbers |= dict.fromkeys(("f_tol", "b_tol", "eval_factor", "tau", "gamma"), float)
-    settings = {name: numbers.get(name, lambda x: x)(value) for name, value in options(case).items()}
-    known = DEQConfig.__dataclass_fields__
-    return DEQConfig.from_config({name: value for name, value in settings.items() if name in known} | {"preset": "torchdeq"})
-
-
-def in_float64(make):
-    """What `make` makes, with zeros in float64."""
-    graph, state = nnx.split(nnx.eval_shape(make))
-    zeros = lambda x: jnp.zeros(x.shape, jnp.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
-    return nnx.merge(graph, jax.tree.map(zeros, state))
-
-
-def build(case: Case) -> DEQFlow:
-    """A float64 model with the case's parameters, which survive a round trip through it."""
-    config, deq, arrays = architecture(case), equilibrium(case), parameters(case)
-    model = in_float64(lambda: DEQFlow(config, deq, nnx.Rngs(0)))
-    load_flow(model, {f"module.{key}": value for key, value in arrays.items()})
-    exported = canonical(export_flow(model))
-    assert exported.keys() == arrays.keys()
-    for key, value in arrays.items():
-        np.testing.assert_array_equal(exported[key], value, err_msg=f"{key} after the round trip")
-    return model
-
-
-def gradients(module, loss):
-    """Value, auxiliary output, and the module with gradients in the places of its parameters."""
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
-    of_params = lambda params: loss(nnx.merge(graph, params, rest, copy=True))
-    (value, aux), gradient = compiled(jax.value_and_grad(of_params, has_aux=True))(params)
-    return value, aux, nnx.merge(graph, gradient, rest)
-
-
-def close_statistics(table: list[Entry], stats: dict, stored: dict, rtol=1e-6, what="gradient"):
-    """Norm, sum, projection and a sample of every array."""
-    compared = set()
-    for entry in table:
-        if entry.key not in stats:
-            continue
-        want = stats[entry.key]
-        g = np.asarray(entry.layout.export(np.asarray(entry.variable[...], np.float64))).reshape(-1)
-        compared.add(entry.key)
-        if want.get("none") or want.get("zero_up_to_rounding"):
-            assert np.max(np.abs(g)) < 1e-9, f"{what} of {entry.key} should be zero"
-            continue
-        seed = (12345 + int(hashlib.md5(entry.key.encode()).hexdigest()[:6], 16)) % 2**31
-        direction = np.random.RandomState(seed).standard_normal(g.size)
-        got = [np.linalg.norm(g), g.sum(), g @ direction]
-        scale = [want["l2"], np.sqrt(g.size) * want["l2"], np.sqrt(g.size) * want["l2"]]
-        for name, value, size in zip(("l2", "sum", "proj"), got, scale, strict=True):
-            assert abs(value - want[name]) <= rtol * size, f"{name} of the {what} of {entry.key}: {value}, not {want[name]}"
-        if entry.key in stored:
-            sample = np.asarray(stored[entry.key]).reshape(-1)
-            scale = want["l2"] / np.sqrt(g.size)
-            chosen = g if want.get("full") else g[:: want["stride"]]
-            close(chosen[: sample.size], sample, atol=10 * rtol * max(scale, np.abs(sample).max()), what=entry.key)
-    assert compared == set(stats)
-
-
-# Components ----------------------------------------------------------------------------------------------------------
-
-
-def check_corr_lookup(case: Case, sub=None):
-    fmap1, fmap2, weight = (seeded(case, name) for name in ("fmap1", "fmap2", "weight"))
-    coords, h = last(case["in/coords"]), fmap1.shape[1]
-    mask = (np.arange(h) >= 4)[None, :, None, None]
-    volume = correlate(fmap1, fmap2, "volume")
-    for level, array in enumerate(volume.levels):
-        stride = 29 if level == 0 else 7
-        got = np.asarray(array).reshape(-1, 1, *array.shape[3:])[::stride]
-        same(got, case[f"out/pyramid_level{level}_rows_every{stride}"], f"level {level}")
-    for form in ("volume", "on_demand"):
-
-        def loss(fmap1, fmap2, coords, form=form):
-            out = lookup(correlate(fmap1, fmap2, form), coords)
-            return jnp.sum(out * weight * mask), out
-
-        (value, out), grads = compiled(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(fmap1, fmap2, coords)
-        same(first(out), case["out/corr"], f"{form}: correlations")
-        same(value, case["loss"], f"{form}: loss")
-        for name, got in zip(("fmap1", "fmap2", "coords"), grads, strict=True):
-            same(first(got), case[f"grad/{name}"], f"{form}: gradient of {name}")
-
-
-def check_bilinear_sampler(case: Case, sub=None):
-    """Looking up in a map that is the reference's picture: correlations of a one-hot feature with its channels."""
-    image, coords, weight = case["in/img"], jnp.asarray(case["in/coords"]), last(case["in/weight"])
-    n, channels = image.shape[0], image.shape[1]
-
-    def sample(image, coords, form):
-        # The picture's channels one after the other, each as features of one number.
-        maps = jnp.moveaxis(image, 1, 0)[..., None]
-        ones = jnp.ones((n, *coords.shape[1:3], 1))
-        centre = lambda fmap: lookup(correlate(jnp.broadcast_to(ones, (n, *coords.shape[1:3], 1)), fmap, form), coords)[..., 40]
-        return jnp.stack([centre(maps[c]) for c in range(channels)], axis=-1)
-
-    for form in ("volume", "on_demand"):
-
-        def loss(image, coords, form=form):
-            out = sample(image, coords, form)
-            return jnp.sum(out * weight), out
-
-        (value, out), grads = compiled(jax.value_and_grad(loss, (0, 1), has_aux=True))(jnp.asarray(image), coords)
-        same(first(out), case["out/sampled"], f"{form}: samples")
-        same(value, case["loss"], f"{form}: loss")
-        same(grads[0], case["grad/img"], f"{form}: gradient of the picture")
-        same(grads[1], case["grad/coords"], f"{form}: gradient of the coordinates")
-
-
-def check_encoder(case: Case, sub=None):
-    arrays = parameters(case)
-    encoder = in_float64(lambda: Encoder(case.meta["output_dim"], case.meta["norm"], nnx.Rngs(0)))
-    load_entries(encoder_entries(encoder), canonical(arrays))
-    x, weight, batch = seeded(case, "x"), seeded(case, "weight"), case.meta["norm"] == "batch"
-    same(first(compiled(lambda x: encoder(x))(x)), case["out/eval"], "evaluation")
-
-    def loss(holder):
-        out = holder.encoder(holder.x[...], train=batch)
-        return jnp.sum(out * weight), (out, nnx.state(holder.encoder, nnx.BatchStat))
-
-    holder = nnx.Module()
-    holder.encoder, holder.x = encoder, nnx.Param(x)
-    value, (out, statistics), gradient = gradients(holder, loss)
-    if batch:
-        same(first(out), case["out/train"], "training")
-    same(value, case["loss"], "loss")
-    same(first(gradient.x[...]), case["grad_input"], "gradient of the input")
-    close_statistics(encoder_entries(gradient.encoder), case.meta["grad_stats"], case.group("grad"))
-    nnx.update(encoder, statistics)
-    close_buffers(encoder_entries(encoder), case)
-
-
-def close_buffers(table, case: Case):
-    """Running statistics after the forward pass."""
-    expected = {key: value for key, value in case.group("out/bn_after").items() if "downsample" not in key}
-    found = {entry.key: entry.variable for entry in table}
-    for key, value in expected.items():
-        same(found[key][...], value, f"{key} after training")
-
-
-def check_update_block(case: Case, sub=None):
-    config, deq = architecture(case), DEQConfig()
-    cell = in_float64(lambda: Cell(config, deq, nnx.Rngs(0)))
-    load_entries(cell_entries(cell), parameters(case))
-    h, corr, flow = (seeded(case, name) for name in ("h", "corr", "flow"))
-    context = jax.nn.relu(seeded(case, "inp_before_relu"))
-    attention = None
-    if config.gma:
-        seed, shape, scale = case.meta["seeded"]["attn_logits"]
-        attention = jax.nn.softmax(jnp.asarray(scale * np.random.RandomState(seed).standard_normal(shape)), axis=-1)
-
-    def loss(holder):
-        inputs = {name: getattr(holder, name)[...] for name in ("h", "inp", "corr", "flow")}
-        weights, contributions = holder.cell.effective(inputs["inp"], train=False)
-        injection = Injection(None, contributions, attention, weights)
-        h, update = holder.cell.update(inputs["h"], inputs["flow"], inputs["corr"], injection)
-        value = jnp.sum(h * seeded(case, "weight_h")) + jnp.sum(update * seeded(case, "weight_dflow"))
-        return value, (weights.motion(inputs["flow"], inputs["corr"]), h, update)
-
-    holder = nnx.Module()
-    holder.cell = cell
-    for name, array in {"h": h, "inp": context, "corr": corr, "flow": flow}.items():
-        setattr(holder, name, nnx.Param(array))
-    value, outputs, gradient = gradients(holder, loss)
-    for name, got in zip(("motion", "h", "dflow"), outputs, strict=True):
-        same(first(got), case[f"out/{name}"], name)
-    same(value, case["loss"], "loss")
-    for name in ("h", "inp", "flow"):
-        same(first(getattr(gradient, name)[...]), case[f"grad_in/{name}"], f"gradient of {name}")
-    same(first(gradient.corr[...])[:, ::12], case["grad_in/corr_every12"], "gradient of the correlations")
-    close_statistics(cell_entries(gradient.cell), case.meta["grad_stats"], case.group("grad"))
-
-
-def check_convex_upsample(case: Case, sub=None):
-    flow, mask, weight = last(case["in/flow"]), last(case["in/mask"]), seeded(case, "weight")
-
-    def loss(flow, mask):
-        up = convex_upsample(flow, mask)
-        return jnp.sum(up * weight), up
-
-    (value, up), (of_flow, of_mask) = compiled(jax.value_and_grad(loss, (0, 1), has_aux=True))(flow, mask)
-    same(first(up), case["out/up"], "upsampled flow")
-    same(value, case["loss"], "loss")
-    same(first(of_flow), case["grad/flow"], "gradient of the flow")
-    same(first(of_mask)[:, ::16], case["grad/mask_every16"], "gradient of the mask")
-    size = tuple(8 * n for n in flow.shape[1:3])
-    same(first(8 * resize_bilinear(flow, size, align_corners=True)), case["out/upflow8_bilinear"], "bilinear")
-
-
-def check_gma(case: Case, sub=None):
-    dim, heads, width = (case.meta[name] for name in ("dim", "heads", "dim_head"))
-    holder = nnx.Module()
-    holder.attn = in_float64(lambda: Attention(dim, heads, width, nnx.Rngs(0)))
-    holder.aggregate = in_float64(lambda: Aggregate(dim, heads, width, nnx.Rngs(0)))
-
-    def table(holder):
-        of_aggregate = aggregate_entries(holder.aggregate)
-        renamed = [Entry(f"aggregate.{entry.key}", entry.variable, entry.layout) for entry in of_aggregate]
-        return conv_entries("attn.to_qk", holder.attn.to_qk) + renamed
-
-    load_entries(table(holder), case.group("param"))
-    weight = last(case["in/weight"])
-    holder.context, holder.motion = nnx.Param(last(case["in/context"])), nnx.Param(last(case["in/motion"]))
-
-    def loss(holder):
-        attention = holder.attn(holder.context[...])
-        out = holder.aggregate.effective()(holder.motion[...], attention)
-        return jnp.sum(out * weight), (attention, out)
-
-    value, (attention, out), gradient = gradients(holder, loss)
-    same(attention, case["out/attn"], "attention")
-    same(first(out), case["out/aggregated"], "aggregated")
-    same(value, case["loss"], "loss")
-    for name in ("context", "motion"):
-        same(first(getattr(gradient, name)[...]), case[f"grad_in/{name}"], f"gradient of {name}")
-    for entry in table(gradient):
-        same(entry.layout.export(np.asarray(entry.variable[...])), case[f"grad/{entry.key}"], f"gradient of {entry.key}")
-
-
-# The whole model ------------------------------------------------------------------------------------------------------
+from tests.kinds.deq_flow_reference import (
+    architecture,
+    build,
+    close_buffers,
+    close_statistics,
+    compiled,
+    first,
+    gradients,
+    in_float64,
+    last,
+    parameters,
+    same,
+)
 
 
 def picture(case: Case, name: str):
@@ -593,10 +288,4 @@ KINDS = {
     "train": check_train,
     "cell_once": check_cell_once,
     "video": check_video,
-    "corr_lookup": check_corr_lookup,
-    "bilinear_sampler": check_bilinear_sampler,
-    "encoder": check_encoder,
-    "update_block": check_update_block,
-    "convex_upsample": check_convex_upsample,
-    "gma": check_gma,
 }
