@@ -11,7 +11,7 @@ demo: .venv/train
 	$(BIN)/python -m experiments.deq_lm --config configs/pydoc.py --workdir runs/pydoc --mode generate
 
 test: .venv/test lint
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 lint: .venv/test
 	$(BIN)/ruff check .
