@@ -200,6 +200,13 @@ def test_a_sample_does_not_depend_on_its_batch_mates(solver):
         assert alone.stats.steps[0] == together.stats.steps[i]
 
 
+def test_a_finished_sample_stays_where_it_is():
+    """Seen by one that looks at it: the first is close enough at once, and the second goes to twice where the first is."""
+    f = lambda z: jnp.stack([0.9 * z[0], 0.5 * z[1] + z[0]])
+    solved = solve(f, jnp.ones((2, 1)), Picard(max_steps=60, tol=0.11, stop_mode="abs"))
+    assert solved.stats.steps[0] == 1 and abs(solved.value[1, 0] - 2) < 0.11
+
+
 def test_anderson_solves_a_linear_system_in_as_many_steps_as_dimensions():
     A = jnp.diag(jnp.asarray([0.9, -0.5, 0.3, 0.95]))
     f = lambda z: z @ A + 1.0
@@ -262,6 +269,14 @@ def test_checking_less_often_changes_nothing_but_the_check():
     f = lambda z: 0.5 * z + 1
     often, seldom = (solve(f, jnp.zeros((2, 3)), Picard(max_steps=50, tol=1e-6, check_every=k))[0] for k in (1, 7))
     np.testing.assert_array_equal(often, seldom)
+
+
+def test_evaluations_that_burn_in_neither_end_the_solve_nor_count():
+    halved = lambda z: 0.5 * z
+    solver = Picard(max_steps=9, tol=0.1, stop_mode="abs", burn_in=3)
+    stats = solve(halved, jnp.zeros((1, 2)), solver).stats  # the start is the solution
+    assert (stats.steps[0], stats.best_step[0]) == (4, 4)
+    assert solve(halved, jnp.ones((1, 2)), dataclasses.replace(solver, max_steps=3)).value[0, 0] == 1
 
 
 def test_bfloat16_state_keeps_its_dtype_and_float32_residuals():
