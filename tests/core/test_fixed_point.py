@@ -330,6 +330,11 @@ def test_without_monitoring_the_one_residual_is_the_last_that_monitoring_measure
     np.testing.assert_allclose(*residuals, rtol=1e-12)
 
 
+def test_without_monitoring_a_sample_is_where_the_solve_then_is():
+    value, samples, _, _ = solve(lambda z: z + 1, jnp.zeros((1, 1)), Picard(max_steps=5, monitor=False), (2, 5))
+    assert (samples[0], samples[1], value) == (2, 5, 5)
+
+
 def test_a_registered_solver_is_known_by_name(problem):
     class Half(Picard):
         pass
