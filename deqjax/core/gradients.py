@@ -114,7 +114,8 @@ class OneStep(Phantom):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unrolled(Gradient):
-    """Backpropagation through every step of the solver, all `max_steps` of them: exact for the computation as it is.
+    """Backpropagation through every step of the solver, all `max_steps` of them: exact for the computation as it is, except
+    that a line search's step length counts as a constant, and Newton's inner linear solves as exact.
 
     Attributes:
       remat: recompute each step in the backward pass; memory is then one state per step.
@@ -126,8 +127,7 @@ class Unrolled(Gradient):
         def step(carry, _):
             z, method = carry
             f_z = f(z)
-            # The f that a line search evaluates carries no gradients: a step length is a constant of the computation.
-            carry = solver.step(f.detached(), z, f_z, method)
+            carry = solver.step(f, z, f_z, method)
             return carry, (f_z if solver.candidate == "image" else z, residuals(*jax.lax.stop_gradient((z, f_z))))
 
         check_samples(sample_at, solver.max_steps)

@@ -60,6 +60,15 @@ def test_every_adjoint_solver_gives_the_unrolled_gradient(adjoint, problem, expe
         np.testing.assert_allclose(a, b, atol=1e-9)
 
 
+@pytest.mark.parametrize("line_search", [None, "sample"])
+def test_newtons_unrolled_gradient_is_that_of_the_steps_there_were(line_search, problem):
+    """Its Jacobians depend on the parameters, too."""
+    W, x = problem
+    solver = NewtonKrylov(max_steps=2, forcing=1e-9, line_search=line_search)
+    of, e = lambda t: loss(Unrolled(), solver)(t * W, x), 1e-5
+    np.testing.assert_allclose(jax.grad(of)(2.0), (of(2 + e) - of(2 - e)) / (2 * e), rtol=1e-6)
+
+
 def test_newtons_unrolled_gradient_is_exact_though_its_inner_solves_are_not(problem, expected):
     got = jax.jit(jax.grad(loss(Unrolled(), NewtonKrylov(max_steps=8)), argnums=(0, 1)))(*problem)
     for a, b in zip(got, expected, strict=True):
@@ -111,6 +120,17 @@ def test_a_linear_solver_keeps_to_its_budget_and_says_so(adjoint, problem):
 
     measured = jax.jit(jax.grad(scaled, argnums=2), static_argnums=1)
     assert [measured(1e-6, n, adjoint_probe())[3] for n in (4, 60)] == [0, 4]
+
+
+def test_an_absolute_tolerance_of_the_adjoint_holds_however_small_the_cotangent(problem):
+    W, x = problem
+    rule = Implicit(solver=Picard(max_steps=50, tol=1e-6, stop_mode="abs"))
+
+    def scaled(scale, probe):
+        return scale * jnp.sum(fixed_point(cell, 0 * x, 2 * W, x, solver=TIGHT, gradient=rule, adjoint_probe=probe).value)
+
+    steps = [jax.grad(scaled, argnums=1)(scale, adjoint_probe())[2] for scale in (1, 1e-12)]
+    assert steps[0] > 4 * steps[1] == 4 * len(x)
 
 
 def test_krylov_adjoints_treat_samples_alone(problem):

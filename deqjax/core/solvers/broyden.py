@@ -85,7 +85,7 @@ class Broyden(Solver):
             length = jnp.ones_like(square)
             z_next = jax.tree.map(jnp.add, z, direction)
         else:
-            length = step_length(f, *jax.lax.stop_gradient((z, residual, direction)), self.line_search)
+            length = step_length(f, z, residual, direction, self.line_search)
             z_next = batched.add_scaled(z, length, direction)
 
         anew = state.used == M

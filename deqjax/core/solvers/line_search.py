@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from deqjax.core import batched
 from deqjax.core.annotations import Array, Float, State
+from deqjax.core.hoist import hoist
 
 
 def step_length(f, z: State, residual: State, direction: State, scope: str) -> Float[Array, " B"]:
@@ -20,8 +21,10 @@ def step_length(f, z: State, residual: State, direction: State, scope: str) -> F
       scope: "sample" chooses a step for each sample, "batch" one for all by the sum of their phi.
 
     Returns:
-      One step per sample; 1 where no shorter one is good enough.
+      One step per sample, 1 where no shorter one is good enough; to differentiation a constant.
     """
+    z, residual, direction = jax.lax.stop_gradient((z, residual, direction))
+    f = hoist(f, z).detached()
     sufficient, shortest = 1e-4, 1e-2
 
     def merit(s):

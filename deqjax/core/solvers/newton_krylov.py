@@ -66,5 +66,5 @@ class NewtonKrylov(Solver):
         direction, _ = inner.solve(jacobian, residual, tol=forcing)
         if self.line_search is None:
             return jax.tree.map(jnp.add, z, direction), _State(size, forcing)
-        length = step_length(f, *jax.lax.stop_gradient((z, residual, direction)), self.line_search)
+        length = step_length(f, z, residual, direction, self.line_search)
         return batched.add_scaled(z, length, direction), _State(size, forcing)

@@ -55,7 +55,7 @@ class TorchDEQBroyden(Broyden):
         direction = jax.tree.map(jnp.negative, _apply(us, vs, residual))
         length = jnp.ones_like(curvature)
         if self.line_search is not None:
-            length = step_length(f, *jax.lax.stop_gradient((z, residual, direction)), self.line_search)
+            length = step_length(f, z, residual, direction, self.line_search)
         z_next = batched.add_scaled(z, length, direction)
         return z_next, _State(state.count + 1, z, residual, us, vs)
 
