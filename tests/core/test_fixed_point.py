@@ -114,6 +114,13 @@ def test_f_may_close_over_anything(rule, problem):
     np.testing.assert_allclose(scanned, 2 * reference, atol=1e-10)
 
 
+def test_a_start_of_weak_type_keeps_its_dtype():
+    """`jnp.full` with a Python number gives in to any other dtype."""
+    low = jnp.ones((2, 3), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        assert fixed_point(lambda z: 0.5 * z + low, jnp.full((2, 3), 1.0)).value.dtype == jnp.float64
+
+
 def test_a_state_may_be_any_pytree(problem):
     W, x = problem
 
