@@ -113,6 +113,7 @@ def test_spectral_norm_after_training_steps(kind, iterations):
     """Against the power iteration written out, one advance per forward pass in training and none in evaluation."""
     config = DEQConfig(norm_type="spectral_norm", sn_n_power_iters=iterations, norm_target_norm=0.9)
     module, x = layer(kind, config), inputs(kind)
+    np.testing.assert_array_equal(module.scale[...], 0.9)
     u, v = np.asarray(module.u[...]), np.asarray(module.v[...])
     unit = lambda a: a / np.linalg.norm(a)
     for _ in range(4):

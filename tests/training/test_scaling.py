@@ -97,6 +97,7 @@ def test_what_a_layout_says_is_done_where_it_divides():
     assert spec("a/qkv/kernel", (8, 48), model=4) == P(None, None)  # six heads in four parts
     assert spec("a/kernel", (100, 8), model=2, fsdp=2) == P("model", "fsdp")
     assert spec("a/kernel", (101, 7), model=2, fsdp=2) == P(None, None)
+    assert spec("other", (4, 8, 6), fsdp=2) == P(None, "fsdp", None)  # the longest
     assert spec("a/bias", (8,), model=2) == P(None)
     assert spec("a/kernel", (), model=2, fsdp=2) == P()
 
