@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deqjax import Anderson, Broyden, NewtonKrylov, Picard, Status, fixed_point
+from deqjax import Anderson, Broyden, NewtonKrylov, Picard, Status, TriangularAnderson, fixed_point
 from deqjax.core.small_systems import solve_lower, solve_positive
 from deqjax.core.solve import solve
 from deqjax.core.solvers.broyden import inverse_transposed
@@ -169,3 +169,16 @@ def test_small_triangular_systems():
         b = jax.random.normal(jax.random.key(1), (n, 5), jnp.float64)
         np.testing.assert_allclose(jnp.einsum("mnb,nb->mb", matrix, solve_lower(matrix, b)), b, atol=1e-10)
         np.testing.assert_allclose(jnp.einsum("nmb,nb->mb", matrix, solve_lower(matrix, b, transpose=True)), b, atol=1e-10)
+
+
+@pytest.mark.parametrize("weights", ["prefix", "slot"])
+def test_time_reversed_a_trajectory_is_solved_in_the_same_steps(weights):
+    A = jnp.tril(jax.random.normal(jax.random.key(0), (6, 6)), -1)
+    forwards = lambda z: jnp.einsum("ts,bs->bt", A, jnp.sin(z)) + 1
+    backwards = lambda z: forwards(z[:, ::-1])[:, ::-1]
+    way, back = (
+        solve(f, jnp.zeros((2, 6)), TriangularAnderson(max_steps=5, tol=0.0, weights=weights, reverse=reverse))
+        for f, reverse in ((forwards, False), (backwards, True))
+    )
+    np.testing.assert_allclose(way.value, back.value[:, ::-1], rtol=1e-9)
+    np.testing.assert_allclose(way.stats.rel_trace, back.stats.rel_trace, rtol=1e-9)
