@@ -73,6 +73,13 @@ def test_time_ordered_solvers_find_the_sequential_trajectory_in_t_iterations(T, 
         np.testing.assert_allclose(found.trajectory, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_a_known_trajectory_is_recognised_window_by_window():
+    system, x_T, _ = problem(T=12, B=2)
+    known = sample_ddim(system.denoise, system.chain, x_T).trajectory
+    found = run(system, x_T, solver=TriangularAnderson(max_steps=12, tol=1e-9), window=4, z_init=known)
+    assert int(found.calls) == 3
+
+
 def test_acceleration_needs_fewer_iterations_and_keeps_the_tolerance():
     system, x_T, _ = problem(T=40, B=2)
     expected = sample_ddim(system.denoise, system.chain, x_T).image

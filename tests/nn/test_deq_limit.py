@@ -26,6 +26,8 @@ def test_the_options_of_a_call_hold_for_every_slice():
     deq = DEQ(f_max_iter=20, n_states=2, f_tol=0.0)
     _, stats, _ = deq(F, START, train=True, solver_options={"f_tol": 1e9})
     np.testing.assert_array_equal(stats.steps, 2)
+    _, stats, _ = deq(F, START, train=False, solver_options={"eval_f_max_iter": 3})
+    np.testing.assert_array_equal(stats.steps, 3)
 
 
 def test_a_solve_without_residuals_has_no_limit():
