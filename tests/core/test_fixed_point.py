@@ -242,7 +242,7 @@ def test_non_finite_samples_stop_with_their_best_iterate_and_leave_others_alone(
 @pytest.mark.parametrize("stop_mode", ["abs", "rel"])
 @pytest.mark.parametrize("gradient", [Implicit(), Unrolled()], ids=["implicit", "unrolled"])
 def test_divergence_is_reported(stop_mode, gradient):
-    solver = Picard(max_steps=20, stop_mode=stop_mode)
+    solver = Picard(max_steps=5, stop_mode=stop_mode)  # the last residual is 16 times the first, the one before it 8 times
     stats = fixed_point(lambda z: 2 * z + 1, jnp.zeros((1, 3)), solver=solver, gradient=gradient).stats
     assert stats.status[0] == Status.DIVERGED
     assert "does not contract" in stats.explain()
