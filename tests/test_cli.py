@@ -5,6 +5,7 @@ import sys
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from deqjax.cli import load_config, parse, run
 from deqjax.training.errors import UserError
@@ -61,9 +62,15 @@ def test_train_then_eval_then_a_mode_of_the_task(tmp_path, capsys):
 
 
 def test_a_misspelt_directory_is_not_made(tmp_path, capsys):
-    assert run(TinyTask, ["tiny", CONFIG, f"--workdir={tmp_path / 'runz' / 'tiny'}", "--mode=eval"]) == 2
+    ours = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)  # as for a user, whose programs are kept in the directory
+    try:
+        assert run(TinyTask, ["tiny", CONFIG, f"--workdir={tmp_path / 'runz'}", "--mode=eval"]) == 2
+    finally:
+        jax.config.update("jax_compilation_cache_dir", ours)
+        compilation_cache.reset_cache()
     assert "no checkpoint" in capsys.readouterr().err
-    assert not (tmp_path / "runz" / "tiny").exists()
+    assert not (tmp_path / "runz").exists()
 
 
 def test_a_package_that_is_not_installed_is_named(tmp_path, capsys):
