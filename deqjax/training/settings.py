@@ -60,6 +60,11 @@ class Settings:
         for name, minimum in least.items():
             if (getattr(settings, name) or 0) < minimum:
                 raise UserError(f"config.{name}={getattr(settings, name)}: must be {minimum} or more.")
+        if settings.patience and not settings.eval_every:
+            raise UserError(
+                f"config.patience={settings.patience} counts evaluations, but with config.eval_every=0 only the end has one: "
+                "set config.eval_every to the steps between two."
+            )
         if not 0 <= settings.ema < 1:
             raise UserError(f"config.ema={settings.ema}: must be 0 (none) or a decay below 1, such as 0.999.")
         if settings.best_mode not in ("min", "max"):

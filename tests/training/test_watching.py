@@ -74,7 +74,7 @@ def test_a_run_that_gets_no_better_stops_early_and_stays_stopped(tmp_path, monke
     assert int(train(tmp_path, **settings).step) == 8
     assert next(losses) == 1.0  # nothing was evaluated again
     # With more patience it goes on.
-    assert int(train(tmp_path, patience=9, eval_every=0).step) == 12
+    assert int(train(tmp_path, patience=9, eval_every=12).step) == 12
 
 
 def test_a_metric_that_is_not_there_is_named(tmp_path, capsys):
@@ -207,6 +207,9 @@ def test_settings_that_cannot_be_are_named(tmp_path):
     for name, value in settings.items():
         with pytest.raises(UserError, match=f"config.{name}="):
             loop.train(TinyTask(get_config()), get_config().to_dict() | {name: value}, tmp_path)
+    # Patience would wait for evaluations that never come.
+    with pytest.raises(UserError, match=r"set config\.eval_every"):
+        loop.train(TinyTask(get_config()), get_config().to_dict() | {"patience": 2, "eval_every": 0}, tmp_path)
 
 
 def test_a_log_line_is_json_with_numbers_only(tmp_path):
