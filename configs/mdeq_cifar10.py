@@ -33,7 +33,7 @@ FIELDS = {
 def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"configs/mdeq_cifar10.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}.")
-    config = base()
+    config = base("mdeq_cifar10")
     config.model.size = f"cifar10_{variant}"
     data = config.data
     data.name = "cifar10"
@@ -67,8 +67,8 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     return config
 
 
-def base() -> ml_collections.ConfigDict:
-    """What all multiscale configs share: every key, with its default."""
+def base(name: str) -> ml_collections.ConfigDict:
+    """What all multiscale configs share: every key, with its default. Modes that write files do so below `runs/name`."""
     config = ml_collections.ConfigDict()
     config.seed = 42
 
@@ -163,7 +163,7 @@ def base() -> ml_collections.ConfigDict:
     config.anytime = ml_collections.ConfigDict()
     config.anytime.split = "test"
     config.anytime.steps = ()  # every number up to the budget of evaluation
-    config.anytime.out = "runs/anytime"
+    config.anytime.out = f"runs/{name}/anytime"
     return config
 
 

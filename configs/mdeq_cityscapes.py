@@ -26,7 +26,7 @@ VARIANTS = ("small", "large", "xl")
 def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"configs/mdeq_cityscapes.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}.")
-    config = base()
+    config = base("mdeq_cityscapes")
     config.model.size = f"cityscapes_{variant}"
     data = config.data
     data.name = "cityscapes"
@@ -45,9 +45,9 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     return config
 
 
-def base() -> ml_collections.ConfigDict:
+def base(name: str) -> ml_collections.ConfigDict:
     """What all segmentation configs share."""
-    config = mdeq_cifar10.base()
+    config = mdeq_cifar10.base(name)
     for name in ("select", "image_size", "resize", "pad", "crop_area", "crop_aspect", "crop_attempts"):
         del config.data[name]
     config.data.eval_batch_size = 1
@@ -69,5 +69,5 @@ def base() -> ml_collections.ConfigDict:
 
     config.predict = ml_collections.ConfigDict()
     config.predict.folder = ""
-    config.predict.out = "runs/predictions"
+    config.predict.out = f"runs/{name}/predictions"
     return config

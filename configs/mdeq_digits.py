@@ -14,7 +14,7 @@ from configs import mdeq_cifar10
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant:
         raise ValueError(f"configs/mdeq_digits.py has no variant {variant!r}.")
-    config = mdeq_cifar10.base()
+    config = mdeq_cifar10.base("mdeq_digits")
     config.data.name = "digits"
     config.data.augment = "crop"
     config.data.pad = 1

@@ -29,7 +29,7 @@ VARIANTS = ("small", "small_ift", "small_reg", "large", "large_reg", "xl")
 def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"configs/mdeq_imagenet.py has no variant {variant!r}; there are: {', '.join(VARIANTS)}.")
-    config = mdeq_cifar10.base()
+    config = mdeq_cifar10.base("mdeq_imagenet")
     config.model.size = f"imagenet_{variant}"
     data = config.data
     data.name = "imagenet"

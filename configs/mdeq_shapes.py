@@ -15,7 +15,7 @@ from configs import mdeq_cityscapes
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant:
         raise ValueError(f"configs/mdeq_shapes.py has no variant {variant!r}.")
-    config = mdeq_cityscapes.base()
+    config = mdeq_cityscapes.base("mdeq_shapes")
     config.data.name = "shapes"
     config.data.batch_size = 16
     config.data.eval_batch_size = 50

@@ -366,7 +366,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys)
 
 def test_every_field_of_the_network_and_of_training_is_on_the_command_line():
     assert set(mdeq_cifar10.FIELDS) == set(MDEQConfig.__dataclass_fields__)
-    config = mdeq_cifar10.base()
+    config = mdeq_cifar10.base("mdeq_cifar10")
     assert config.training.to_dict() == TRAINING
     # The schedule follows the run, not the run the schedule.
     config.steps = 10
