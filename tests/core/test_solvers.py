@@ -69,6 +69,23 @@ def test_newton_converges_quadratically_at_the_end():
     assert np.max(solution.stats.steps) < 20
 
 
+def test_newton_solves_its_systems_as_tightly_as_it_pays():
+    """Eisenstat and Walker 1996, the second choice with its safeguard."""
+    c = jnp.asarray([[2.0, 30.0, 7.0, 0.3]])
+    f = lambda z: z - 0.1 * (z**3 - c)
+    solver, z = NewtonKrylov(inner_steps=4), 2 * jnp.ones_like(c)
+    state, sizes, forcings = solver.init(z), [], [0.5]
+    for _ in range(9):
+        sizes.append(float(jnp.linalg.norm(f(z) - z)))
+        expected = 0.9 * (sizes[-1] / sizes[-2]) ** 2 if sizes[1:] else 0.5
+        if (careful := 0.9 * forcings[-1] ** 2) > 0.1:
+            expected = max(expected, careful)
+        z, state = solver.step(f, z, f(z), state)
+        forcings.append(float(state.forcing[0]))
+        assert forcings[-1] == pytest.approx(min(max(expected, 1e-4), 0.5), rel=1e-6)
+    assert len({round(forcing, 6) for forcing in forcings}) > 4 and sizes[-1] < 1e-6 * sizes[0]
+
+
 @pytest.mark.parametrize("kind", ["I", "II"])
 @pytest.mark.parametrize("memory", [6, 40])
 def test_anderson_ends_where_krylov_methods_do_on_linear_problems(kind, memory):
@@ -132,9 +149,57 @@ def test_a_line_search_turns_back_from_where_f_is_not_finite(scope):
         np.testing.assert_allclose(length, [0.25, 0.25])
 
 
+@pytest.mark.parametrize(
+    ("f", "expected"),
+    [
+        (lambda z: 0.9 * z, 1.0),  # the full step gains little, but more than nothing
+        (lambda z: -z, 0.5),  # it mirrors the residual, and the parabola has its minimum at the solution
+        (lambda z: z + 50 - jnp.expm1(5 * z - 5), 0.01),  # it multiplies the residual, as does a tenth of it
+        (lambda z: z + jnp.where(z == 1, 1.0, 2.0), 1.0),  # every other place is worse
+        (lambda z: z + jnp.where(z == 1, 1.0, jnp.nan), 2.0**-7),  # or f is not defined there
+    ],
+    ids=["full", "half", "hundredth", "worse", "undefined"],
+)
+def test_how_far_a_line_search_goes(f, expected):
+    z = jnp.ones((1, 2))
+    np.testing.assert_allclose(step_length(f, z, f(z) - z, f(z) - z, "sample"), [expected], rtol=1e-6)
+
+
+def test_a_line_search_costs_one_evaluation_where_the_full_step_is_good():
+    calls = []
+
+    def f(z):
+        jax.debug.callback(lambda: calls.append(1))
+        return 0.5 * z
+
+    step_length(f, jnp.ones((3, 2)), -0.5 * jnp.ones((3, 2)), -jnp.ones((3, 2)), "sample")
+    jax.effects_barrier()
+    assert len(calls) == 1
+
+
+def test_a_sample_that_is_not_finite_has_no_say_in_a_common_step():
+    f = lambda z: z - jnp.arctan(z)
+    solver = NewtonKrylov(max_steps=12, tol=1e-8, line_search="batch")
+    z_init = jnp.asarray([[2.0], [jnp.nan], [1.5]])
+    np.testing.assert_array_equal(fixed_point(f, z_init, solver=solver).stats.converged, [True, False, True])
+
+
+def test_a_line_search_reaches_what_newton_alone_overshoots():
+    """Each full step from the start multiplies the residual a millionfold; a parabola asks for less than a hundredth of it."""
+    c = jnp.asarray([[5.0, 12.0], [1.0, 9.0]])
+    f = lambda z: z - 0.5 * (jnp.expm1(z) - c)
+    start = -jnp.ones_like(c)
+    searching, full = (NewtonKrylov(max_steps=14, tol=1e-9, line_search=search) for search in ("sample", None))
+    solution = fixed_point(f, start, solver=searching)
+    assert np.all(solution.stats.converged)
+    np.testing.assert_allclose(solution.value, jnp.log1p(c), rtol=1e-8)
+    assert not np.any(fixed_point(f, start, solver=full).stats.converged)
+
+
 @pytest.mark.parametrize("line_search", [None, "sample"])
-def test_broyden_in_product_form_is_broyden(line_search):
+def test_broyden_in_product_form_is_broyden(line_search, monkeypatch):
     """With memory enough, step for step what the sum of rank-one terms gives."""
+    monkeypatch.setattr("deqjax.core.solvers.torchdeq_broyden._step_length", step_length)
     x = jax.random.normal(jax.random.key(0), (3, 6), jnp.float64)
     f = lambda z: jnp.cos(2 * z[:, ::-1]) + x
     for steps in (1, 2, 5, 9):

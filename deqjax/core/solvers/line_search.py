@@ -9,10 +9,11 @@ from deqjax.core.hoist import hoist
 
 
 def step_length(f, z: State, residual: State, direction: State, scope: str) -> Float[Array, " B"]:
-    """A step s along `direction` that lowers phi(s) = |g(z + s d)|^2: quadratic, then cubic interpolation.
+    """A step s along `direction` that lowers phi(s) = |g(z + s d)|^2 enough.
 
-    (Nocedal and Wright, section 3.5.) The slope at 0 is taken as -phi(0), exact for a Newton direction up to a factor of
-    two. Every trial is an evaluation of f.
+    A step too long is shortened to between a tenth and half of it, to where a parabola has its minimum, later a cubic
+    (Dennis and Schnabel 1983, section 6.3.2). The slope at 0 is taken as -phi(0), exact for a Newton direction up to a factor
+    of two. Every trial is an evaluation of f.
 
     Args:
       f: the map, g(z) = f(z) - z.
@@ -21,51 +22,56 @@ def step_length(f, z: State, residual: State, direction: State, scope: str) -> F
       scope: "sample" chooses a step for each sample, "batch" one for all by the sum of their phi.
 
     Returns:
-      One step per sample, 1 where no shorter one is good enough; to differentiation a constant.
+      One step per sample; to differentiation a constant. Where none of 0.01 or more is good enough it is the full one, since a
+      direction may lead out of a local minimum, or the shortest tried if f is not finite there.
     """
     z, residual, direction = jax.lax.stop_gradient((z, residual, direction))
-    f = hoist(f, z).detached()
     sufficient, shortest = 1e-4, 1e-2
+    merit, phi_0 = merit_along(f, z, residual, direction, scope)
+    good = lambda s, phi: phi <= (1 - sufficient * s) * phi_0  # noqa: E731
+
+    def unfinished(carry):
+        s, _, _, _, accepted = carry
+        return ~accepted & (s > shortest)
+
+    def shorten(carry):
+        s, phi, s_before, phi_before, accepted = carry
+        # How far phi is above its tangent at 0, as the parabola is, and its share of the cubic.
+        above, above_before = phi - (1 - s) * phi_0, phi_before - (1 - s_before) * phi_0
+        a = (above / s**2 - above_before / s_before**2) / (s - s_before)
+        b = above / s**2 - a * s
+        cubic = phi_0 / (b + jnp.sqrt(b**2 + 3 * a * phi_0))
+        trial = jnp.where(jnp.isfinite(phi_before), cubic, phi_0 * s**2 / (2 * above))
+        # Where f is not finite there is nothing to interpolate.
+        trial = jnp.where(jnp.isfinite(phi) & jnp.isfinite(trial), jnp.clip(trial, 0.1 * s, 0.5 * s), 0.5 * s)
+        active = unfinished(carry)
+        trial = jnp.where(active, trial, s)
+        phi_trial = merit(trial)
+        keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
+        return trial, keep(phi_trial, phi), keep(s, s_before), keep(phi, phi_before), accepted | good(trial, phi_trial)
+
+    one = jnp.ones_like(phi_0)
+    phi_1 = merit(one)
+    # There is no trial before the first; a value that is not finite says so.
+    carry = (one, phi_1, 2 * one, jnp.inf * one, good(one, phi_1) | ~jnp.isfinite(phi_0))
+    s, _, _, _, accepted = jax.lax.while_loop(lambda carry: jnp.any(unfinished(carry)), shorten, carry)
+    return jnp.where(accepted | ~jnp.isfinite(phi_1), s, 1)
+
+
+def merit_along(f, z: State, residual: State, direction: State, scope: str):
+    """phi as a function of one step per sample, infinite where f is not finite, and phi(0).
+
+    With "batch" it is the sum over those samples that are finite to begin with.
+    """
+    f = hoist(f, z).detached()
+    phi_0 = jnp.square(batched.norm(residual))
+
+    def of_scope(phi):
+        return phi if scope == "sample" else jnp.full_like(phi, jnp.sum(phi, where=jnp.isfinite(phi_0)))
 
     def merit(s):
         point = batched.add_scaled(z, s, direction)
-        squares = jnp.square(batched.norm(batched.subtract(f(point), point)))
-        if scope == "batch":
-            squares = jnp.broadcast_to(jnp.sum(squares), squares.shape)
-        return jnp.where(jnp.isfinite(squares), squares, jnp.inf)
+        phi = of_scope(jnp.square(batched.norm(batched.subtract(f(point), point))))
+        return jnp.where(jnp.isfinite(phi), phi, jnp.inf)
 
-    phi_0 = jnp.square(batched.norm(residual))
-    one = jnp.ones_like(phi_0)
-    if scope == "batch":
-        phi_0 = jnp.broadcast_to(jnp.sum(phi_0), phi_0.shape)
-    slope = -phi_0
-    phi_1 = merit(one)
-    accepted = phi_1 <= phi_0 + sufficient * slope
-    # Where f is not finite there is nothing to interpolate; half of the step is tried instead.
-    s_0, s_1 = one, jnp.where(jnp.isfinite(phi_1), phi_0 / (2 * phi_1), 0.5)
-
-    def open_(carry):
-        _, s_1, _, _, accepted, _ = carry
-        return jnp.any(~accepted & (s_1 > shortest))
-
-    def interpolate(carry):
-        s_0, s_1, phi_s0, phi_s1, accepted, result = carry
-        active = ~accepted & (s_1 > shortest)
-        r_0 = phi_s0 - phi_0 - slope * s_0
-        r_1 = phi_s1 - phi_0 - slope * s_1
-        scale = s_0**2 * s_1**2 * (s_1 - s_0)
-        a = (s_0**2 * r_1 - s_1**2 * r_0) / scale
-        b = (-(s_0**3) * r_1 + s_1**3 * r_0) / scale
-        s_2 = (-b + jnp.sqrt(jnp.abs(b**2 - 3 * a * slope))) / (3 * a)
-        s_2 = jnp.where(jnp.isfinite(phi_s0) & jnp.isfinite(phi_s1), s_2, s_1 / 2)
-        s_2 = jnp.where(active, s_2, s_1)
-        phi_s2 = merit(s_2)
-        good = active & (phi_s2 <= phi_0 + sufficient * s_2 * slope)
-        result = jnp.where(good, s_2, result)
-        timid = ((s_1 - s_2) > s_1 / 2) | ((1 - s_2 / s_1) < 0.96)
-        s_2 = jnp.where(timid & ~good, s_1 / 2, s_2)
-        keep = lambda new, old: jnp.where(active, new, old)  # noqa: E731
-        return keep(s_1, s_0), keep(s_2, s_1), keep(phi_s1, phi_s0), keep(phi_s2, phi_s1), accepted | good, result
-
-    carry = (s_0, s_1, phi_1, merit(s_1), accepted, one)
-    return jax.lax.while_loop(open_, interpolate, carry)[-1]
+    return merit, of_scope(phi_0)
