@@ -12,7 +12,7 @@ from deqjax.core.gradients import Gradient, measured
 from deqjax.core.hoist import Hoisted, hoist
 from deqjax.core.solve import solve
 from deqjax.core.solvers.anderson import Anderson
-from deqjax.core.solvers.base import Solver, require
+from deqjax.core.solvers.base import Solver, require, split_options
 from deqjax.core.solvers.krylov import LinearSolver
 from deqjax.core.solvers.picard import Picard
 from deqjax.core.solvers.shine import SHINE
@@ -73,29 +73,32 @@ class Implicit(Gradient):
     # Reverse mode ----------------------------------------------------------------------------------------------------
 
     def _with_adjoint(self, rebuild, smooth, fixed, z_hat, probe, method):
+        options, with_options = split_options(self)
+
         @jax.custom_vjp
-        def state(smooth, fixed, z, probe, method):
+        def state(smooth, fixed, options, z, probe, method):
             return self._value(z, rebuild(smooth, fixed))
 
-        def forward(smooth, fixed, z, probe, method):
+        def forward(smooth, fixed, options, z, probe, method):
             # The identity in value. Differentiating this rule again, z moves with the parameters as it should.
-            z = dataclasses.replace(self, polish=False).attach(rebuild(smooth, fixed), z, None, method)[-1]
+            again = dataclasses.replace(with_options(options), polish=False)
+            z = again.attach(rebuild(smooth, fixed), z, None, method)[-1]
             image, pullback = jax.vjp(lambda smooth, z: rebuild(smooth, fixed)(z), smooth, z)
             at_image = (smooth, fixed, image) if self.jacobian_at == "image" else None
-            return self._value(z, lambda _: image), (pullback, at_image, probe, method)
+            return self._value(z, lambda _: image), (pullback, at_image, options, probe, method)
 
         def backward(residuals, cotangent):
-            pullback, at_image, probe, method = residuals
+            pullback, at_image, options, probe, method = residuals
             jacobian_transposed = lambda u: pullback(u)[1]  # noqa: E731
             if at_image is not None:
                 smooth, fixed, image = at_image
                 vjp_at_image = jax.vjp(rebuild(smooth, fixed), image)[1]
                 jacobian_transposed = lambda u: vjp_at_image(u)[0]  # noqa: E731
-            u, stats = self._solve_adjoint(jacobian_transposed, cotangent, method)
-            return pullback(u)[0], None, None, None if probe is None else measured(stats), None
+            u, stats = with_options(options)._solve_adjoint(jacobian_transposed, cotangent, method)
+            return pullback(u)[0], None, None, None, None if probe is None else measured(stats), None
 
         state.defvjp(forward, backward)
-        return state(smooth, fixed, z_hat, probe, method)
+        return state(smooth, fixed, jax.lax.stop_gradient(options), z_hat, probe, method)
 
     def _solve_adjoint(self, jacobian_transposed, cotangent, method) -> tuple:
         """u = J^T u + c, itself differentiable, and the statistics of the solve."""
@@ -132,14 +135,17 @@ class Implicit(Gradient):
     # Forward mode ----------------------------------------------------------------------------------------------------
 
     def _with_tangents(self, rebuild, smooth, fixed, z_hat):
+        options, with_options = split_options(self)
+
         @jax.custom_jvp
-        def state(smooth, fixed, z):
+        def state(smooth, fixed, options, z):
             return self._value(z, rebuild(smooth, fixed))
 
         @state.defjvp
         def tangent(primals, tangents):
-            smooth, fixed, z = primals
-            z = dataclasses.replace(self, polish=False).attach(rebuild(smooth, fixed), z)[-1]
+            smooth, fixed, options, z = primals
+            rule = with_options(options)
+            z = dataclasses.replace(rule, polish=False).attach(rebuild(smooth, fixed), z)[-1]
             image, pushforward = jax.linearize(lambda smooth, z: rebuild(smooth, fixed)(z), smooth, z)
             still = jax.tree.map(jnp.zeros_like, smooth)
             # dz = J dz + (df/dtheta) dtheta.
@@ -149,9 +155,9 @@ class Implicit(Gradient):
             residual_map = lambda dz: batched.subtract(dz, pushforward(still, dz))  # noqa: E731
 
             def solve_residual(residual_map, b):
-                return self._solve_linear(hoist(lambda u: batched.subtract(u, residual_map(u)), b), b)[0]
+                return rule._solve_linear(hoist(lambda u: batched.subtract(u, residual_map(u)), b), b)[0]
 
             dz = jax.lax.custom_linear_solve(residual_map, explicit, solve_residual, solve_residual)
             return self._value(z, lambda _: image), dz
 
-        return state(smooth, fixed, z_hat)
+        return state(smooth, fixed, jax.lax.stop_gradient(options), z_hat)

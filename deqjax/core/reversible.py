@@ -9,7 +9,7 @@ from deqjax.core import batched
 from deqjax.core.gradients import Gradient
 from deqjax.core.hoist import Hoisted
 from deqjax.core.solve import Solved, residuals, statistics_of_traces
-from deqjax.core.solvers.base import require
+from deqjax.core.solvers.base import require, split_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,8 @@ class Reversible(Gradient):
 
     Two states y and z take turns: y <- (1 - beta) y + beta f(z), then z <- (1 - beta) z + beta f(y). Either line can be
     solved for what it overwrote, so nothing is stored. This is the forward iteration too: of the solver only `max_steps`
-    (two evaluations of f a step), `tol` and `stop_mode` are used, and the whole batch stops at once.
+    (two evaluations of f a step, of which the first measures the residual: so a trace has half as many entries), `tol` and
+    `stop_mode` are used, and the whole batch stops at once.
     Gives a gradient to `z_init` as well. Not differentiable twice.
 
     Going back divides by 1 - beta, which multiplies rounding as often as there are steps: in float32 stay below about 20
@@ -39,15 +40,16 @@ class Reversible(Gradient):
         require(solver.max_steps >= 2, "max_steps", solver.max_steps, "2 or more; Reversible evaluates f twice in every step")
         n_steps = solver.max_steps // 2
         smooth, fixed, rebuild = f.split()
+        options, with_options = split_options(solver)
         mixed = lambda a, b: batched.mix(a, b, self.beta)  # noqa: E731
         unmixed = lambda new, b: jax.tree.map(lambda n, x: (n - self.beta * x) / (1 - self.beta), new, b)  # noqa: E731
 
         @jax.custom_vjp
-        def iterate(smooth, fixed, z_init):
-            return forward(smooth, fixed, z_init)[0]
+        def iterate(smooth, fixed, options, z_init):
+            return forward(smooth, fixed, options, z_init)[0]
 
-        def forward(smooth, fixed, z_init):
-            f = rebuild(smooth, fixed)
+        def forward(smooth, fixed, options, z_init):
+            f, solver = rebuild(smooth, fixed), with_options(options)
             zero = jnp.zeros_like(batched.norm(z_init))
             trace = jnp.repeat(zero[:, None], n_steps, axis=1)
 
@@ -94,10 +96,10 @@ class Reversible(Gradient):
 
             carry = (y, z, nothing[1], z_bar, nothing[0])
             _, _, y_bar, z_bar, smooth_bar = jax.lax.fori_loop(0, step, retreat, carry)
-            return smooth_bar, None, add(y_bar, z_bar)
+            return smooth_bar, None, None, add(y_bar, z_bar)
 
         iterate.defvjp(forward, backward)
-        z, stats = iterate(smooth, fixed, z_init)
+        z, stats = iterate(smooth, fixed, options, z_init)
         return Solved(z, (), jax.lax.stop_gradient(stats))
 
     def attach(self, f: Hoisted, z_hat, probe=None, method=None):

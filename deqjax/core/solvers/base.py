@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
+
 from deqjax.core.annotations import Array, State
 
 
@@ -17,7 +19,8 @@ class Solver:
       tol: a sample is finished once its residual is below this. May be traced: changing it compiles nothing anew.
         Accelerators multiply float32 matrices with fewer bits by default; a tolerance finer than those needs
         `jax.config.update("jax_default_matmul_precision", "highest")`.
-      stop_mode: "rel" compares `|f(z) - z| / |f(z)|` with `tol`, "abs" compares `|f(z) - z|`.
+      stop_mode: "rel" compares `|f(z) - z| / (|f(z)| + 1e-9)` with `tol`, "abs" compares `|f(z) - z|`. States far smaller
+        than 1e-9 are better scaled up.
       stop: "each" freezes a finished sample, so that its result does not depend on its batch mates; "all" moves every
         sample until all are below `tol` at once.
       check_every: evaluations between two tests whether the whole batch is done (a host or cross-device reduction).
@@ -56,6 +59,31 @@ class Solver:
     def step(self, f: Callable[[State], State], z: State, f_z: State, state: Any) -> tuple[State, Any]:
         """From f evaluated at z to the next point: `(z_next, state)`. f itself is there for line searches."""
         raise NotImplementedError
+
+
+def split_options(rule) -> tuple[list, Callable[[list], Any]]:
+    """The arrays among the options of a solver or gradient rule, or of a solver within it, and the map that puts others in
+    their places.
+
+    They may be traced, and derivative rules may close over nothing that is.
+    """
+    arrays, rebuilders = [], {}
+    for field in dataclasses.fields(rule):
+        value = getattr(rule, field.name)
+        if isinstance(value, jax.Array):
+            inside, rebuild = [value], lambda new: new[0]
+        elif dataclasses.is_dataclass(value):
+            inside, rebuild = split_options(value)
+        else:
+            continue
+        if inside:
+            rebuilders[field.name] = (slice(len(arrays), len(arrays) + len(inside)), rebuild)
+            arrays += inside
+
+    def with_arrays(new):
+        return dataclasses.replace(rule, **{name: rebuild(new[place]) for name, (place, rebuild) in rebuilders.items()})
+
+    return arrays, with_arrays
 
 
 def require(condition, name, value, allowed):
