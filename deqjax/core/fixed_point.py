@@ -24,7 +24,8 @@ class Solution:
     Attributes:
       value: state like `z_init`, differentiable in everything that f depends on.
       states: states to supervise, earliest first; the last is `value` (more than one only with a sampling `Phantom`).
-      samples: detached best iterates at the steps asked for by `sample_at`.
+      samples: detached iterates at the steps asked for by `sample_at`: the best so far, or with `Unrolled` and
+        `monitor=False`, which do not look for it, the last.
       stats: how the solve went, per sample.
     """
 

@@ -136,7 +136,7 @@ class Unrolled(Gradient):
         step = jax.checkpoint(step) if self.remat else step
         carry = (z_init, solver.init(z_init))
         (_, method), (states, traces) = jax.lax.scan(step, carry, length=solver.max_steps)
-        samples = tuple(jax.tree.map(lambda s, k=k: s[k - 1], states) for k in sample_at)
+        samples = tuple(jax.tree.map(lambda s, k=k: jax.lax.stop_gradient(s[k - 1]), states) for k in sample_at)
         stats = statistics_of_traces(*(jnp.moveaxis(trace, 0, 1) for trace in traces), solver)
         return Solved(jax.tree.map(lambda s: s[-1], states), samples, stats, method)
 

@@ -104,6 +104,9 @@ class Implicit(Gradient):
         """u = J^T u + c, itself differentiable, and the statistics of the solve."""
         linear = hoist(jacobian_transposed, cotangent)
         u, stats = self._solve_linear(linear, cotangent, method)
+        if isinstance(self.solver, SHINE):
+            # The adjoint of this system has the Jacobian itself.
+            method = self.solver.transposed(method)
         return dataclasses.replace(self, polish=False).attach(linear.plus(cotangent), u, None, method)[-1], stats
 
     def _solve_linear(self, linear: Hoisted, c: State, method=None) -> tuple[State, SolverStats]:
@@ -118,7 +121,7 @@ class Implicit(Gradient):
         extreme = ((size < 1e-8) | (size > 1e8)) & (size > 0) & jnp.isfinite(size)
         size = jnp.where(extreme, size, 1)
         by_sample = lambda operation, tree: jax.tree.map(  # noqa: E731
-            lambda x: operation(x, batched.per_sample(size, x).astype(x.dtype)), tree
+            lambda x: operation(x.astype(size.dtype), batched.per_sample(size, x)).astype(x.dtype), tree
         )
         u, stats = self._solve_as_it_is(linear, by_sample(jnp.divide, c), method)
         absolute = {"abs_lowest": stats.abs_lowest * size, "abs_trace": stats.abs_trace * size[:, None]}

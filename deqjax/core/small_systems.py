@@ -14,12 +14,12 @@ _WRITTEN_OUT = 8
 
 
 def solve_positive(matrix: Inexact[Array, "M M B"], rhs: Inexact[Array, "M B"]) -> Inexact[Array, "M B"]:
-    """Solves symmetric positive definite systems by Cholesky factors.
+    """Solves symmetric positive definite systems by Cholesky factors, with zeros for what is not finite in a singular one.
 
     Its derivatives are solves of the same systems: those through the factors of a nearly singular one are mostly rounding.
     """
     product = lambda x: jnp.einsum("MNB,NB->MB", matrix, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-    factorised = lambda _, b: _cholesky_solve(matrix, b)  # noqa: E731
+    factorised = lambda _, b: _finite(_cholesky_solve(matrix, b))  # noqa: E731
     return jax.lax.custom_linear_solve(product, rhs, factorised, symmetric=True)
 
 
@@ -45,6 +45,21 @@ def _cholesky_solve(matrix, rhs):
     for i in reversed(range(M)):
         x[i] = (factor[M][i] - sum(factor[k][i] * x[k] for k in range(i + 1, M))) * inverse_pivots[i]
     return jnp.stack(x)
+
+
+def solve_general(matrix: Inexact[Array, "B M M"], rhs: Inexact[Array, "B M"]) -> Inexact[Array, "B M"]:
+    """Solves any systems by LU factors, with zeros for what is not finite in a singular one. The samples come first here."""
+
+    def factorised(matrix):
+        return lambda _, b: _finite(jnp.linalg.solve(matrix, b[..., None])[..., 0])
+
+    product = lambda x: jnp.einsum("BMN,BN->BM", matrix, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
+    return jax.lax.custom_linear_solve(product, rhs, factorised(matrix), factorised(jnp.swapaxes(matrix, 1, 2)))
+
+
+def _finite(x):
+    # A NaN would survive in derivatives even where the solution is not used.
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def solve_lower(matrix: Inexact[Array, "M M B"], rhs: Inexact[Array, "M B"], transpose: bool = False) -> Inexact[Array, "M B"]:

@@ -24,6 +24,9 @@ from deqjax import (
     adjoint_probe,
     fixed_point,
 )
+from deqjax.core.hoist import hoist
+from deqjax.core.solve import solve
+from deqjax.core.solvers.broyden import inverse_transposed
 from tests.core.test_fixed_point import cell, named
 
 TIGHT = Anderson(max_steps=80, tol=1e-14)
@@ -75,6 +78,21 @@ def test_newtons_unrolled_gradient_is_exact_though_its_inner_solves_are_not(prob
         np.testing.assert_allclose(a, b, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [Anderson(max_steps=14), Anderson(max_steps=14, memory=12), Anderson(max_steps=14, kind="I")],
+    ids=["written out", "long memory", "type I"],
+)
+def test_unrolled_gradients_pass_samples_that_have_nothing_to_solve(solver):
+    """A sample of padding has residual 0 from the start, and a small system that is singular."""
+    x = jnp.asarray([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
+
+    def value(w):
+        return jnp.sum(fixed_point(lambda z: 0.2 * w * z + x, 0 * x, solver=solver, gradient=Unrolled()).value)
+
+    np.testing.assert_allclose(jax.grad(value)(1.0), 0.2 / 0.8**2 * jnp.sum(x), rtol=1e-9)
+
+
 @pytest.mark.parametrize("adjoint", [ADJOINTS[1], *ADJOINTS[5:8]], ids=named)
 def test_every_adjoint_solver_can_be_differentiated_again(adjoint, problem):
     W, x = problem
@@ -108,6 +126,27 @@ def test_forward_mode_where_a_parameter_reaches_one_leaf_alone(adjoint):
     np.testing.assert_allclose(forward(0.5), jax.grad(lambda t: of(t, Implicit(solver=TIGHT)))(0.5), rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("adjoint", "measuring"),
+    [(GMRES(max_steps=30), 4), (GMRES(max_steps=7), 3), (GMRES(max_steps=9, restart=4), 5)]
+    + [(BiCGSTAB(max_steps=n), 2) for n in (2, 5, 8)]
+    + [(NormalCG(max_steps=n), 4) for n in (2, 5, 8)],
+    ids=str,
+)
+def test_a_linear_solver_takes_no_more_products_than_it_says(adjoint, measuring):
+    """With the map or its transpose, on a system that takes far more; and those that measure."""
+    calls = []
+
+    def linear(u):
+        jax.debug.callback(lambda: calls.append(1))
+        return 3 * jnp.roll(u, 1, axis=1) * jnp.arange(1.0, 65)[None]
+
+    c = jnp.ones((1, 64))
+    adjoint.solve(hoist(linear, c), c)
+    jax.effects_barrier()
+    assert adjoint.max_steps // 2 < len(calls) <= adjoint.max_steps + measuring
+
+
 @pytest.mark.parametrize("adjoint", [GMRES, BiCGSTAB, NormalCG])
 def test_a_linear_solver_keeps_to_its_budget_and_says_so(adjoint, problem):
     """Its tolerance is relative to the cotangent: one that is small is not solved by that alone."""
@@ -131,6 +170,14 @@ def test_an_absolute_tolerance_of_the_adjoint_holds_however_small_the_cotangent(
 
     steps = [jax.grad(scaled, argnums=1)(scale, adjoint_probe())[2] for scale in (1, 1e-12)]
     assert steps[0] > 4 * steps[1] == 4 * len(x)
+
+
+def test_a_small_cotangent_of_a_leaf_in_half_precision_is_no_division_by_zero():
+    """The cotangent's size, 1e-9, is 0 in float16."""
+    f = lambda z, w: (w * (0.5 * z[0] + 1), w.astype(jnp.float16) * (0.25 * z[1] + 1))
+    start = (jnp.zeros((1, 3), jnp.float32), jnp.zeros((1, 3), jnp.float16))
+    of = lambda w: 1e-9 * jnp.sum(fixed_point(f, start, w, solver=Anderson(max_steps=30)).value[0])
+    np.testing.assert_allclose(jax.grad(of)(jnp.float32(1)), 1e-9 * 3 * 4, rtol=1e-3)
 
 
 def test_krylov_adjoints_treat_samples_alone(problem):
@@ -189,6 +236,22 @@ def test_integers_booleans_and_keys_may_be_captured(rule, problem):
 
     solver = Picard(max_steps=80, tol=0.0) if isinstance(rule, Reversible) else TIGHT
     np.testing.assert_allclose(of(rule, solver), of(Unrolled(), Picard(max_steps=100)), atol=1e-8)
+
+
+def test_shine_differentiated_again_uses_its_estimate_the_other_way_round():
+    """With S for the estimate of (I - A)^-1, the gradient in x of sum(w z^2) / 2 is S^T (w z), and that along v S^T (w S v)."""
+    A = jnp.asarray([[0.3, -0.4, 0.2], [0.1, 0.5, -0.3], [0.0, 0.2, -0.4]])
+    w, v, x = jnp.asarray([[1.0, 2.0, 3.0], [0.3, -1.0, 0.7], [1.0, -0.5, 0.2]])[:, None]
+    f = lambda z, x: z @ A.T + x
+    solver, rule = Broyden(max_steps=4, tol=0.0, memory=None), Implicit(solver=SHINE(fallback=9.0), polish=False)
+    gradient = jax.grad(lambda x: jnp.sum(w * fixed_point(f, 0 * x, x, solver=solver, gradient=rule).value ** 2) / 2)
+
+    method = solve(lambda z: f(z, x), jnp.zeros_like(x), solver).method
+    # Row i of S is S^T applied to the i-th unit vector.
+    S = -jnp.concatenate([inverse_transposed(method, e[None]) for e in jnp.eye(3)])
+    assert jnp.max(jnp.abs(S - jnp.linalg.inv(jnp.eye(3) - A))) > 0.02 and jnp.max(jnp.abs(S - S.T)) > 0.1
+    along_v = jax.grad(lambda x: jnp.sum(gradient(x) * v))(x)
+    np.testing.assert_allclose(along_v[0], S.T @ (w[0] * (S @ v[0])), rtol=1e-9)
 
 
 def test_what_shine_estimates_for_a_sample_is_not_touched_by_its_batch_mates():

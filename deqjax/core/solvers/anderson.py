@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deqjax.core import batched
 from deqjax.core.annotations import Array
-from deqjax.core.small_systems import solve_positive
+from deqjax.core.small_systems import solve_general, solve_positive
 from deqjax.core.solvers.base import Solver, require, require_count
 
 
@@ -137,7 +137,7 @@ class Anderson(Solver):
         # Near a solution of a contraction these products are negative definite, so that is the sign of the ridge.
         system = products - unit * self._ridge_of(jnp.abs(products)) - with_newest[:, :, None]
         system = jnp.where(kept[:, :, None] & kept[:, None, :], system, unit)
-        return _sound(jnp.linalg.solve(system, jnp.where(kept, -with_newest, 0)[..., None])[..., 0], axis=1)
+        return _sound(solve_general(system, jnp.where(kept, -with_newest, 0)), axis=1)
 
     def _ridge_of(self, diagonal):
         """What to add to these entries of a diagonal."""

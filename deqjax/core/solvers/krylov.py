@@ -50,7 +50,8 @@ class LinearSolver:
     """Hyper-parameters common to the Krylov methods; they serve as `Implicit(solver=...)`.
 
     Attributes:
-      max_steps: budget of products with the Jacobian.
+      max_steps: budget of products with the Jacobian, one step of the method at the least. Measuring takes two to
+        four more, and in GMRES one for every Krylov space.
       tol: a sample is finished once |c + A u - u| < tol |c|.
     """
 
@@ -129,7 +130,7 @@ class GMRES(LinearSolver):
     """Generalised minimal residuals (Saad and Schultz 1986), restarted.
 
     Attributes:
-      restart: dimension of the Krylov space, so many states of memory.
+      restart: largest dimension of a Krylov space, so many states of memory. A larger budget is shared out evenly.
     """
 
     restart: int = 20
@@ -139,8 +140,8 @@ class GMRES(LinearSolver):
         require_count("restart", self.restart, 1)
 
     def _solve_one(self, matvec, rmatvec, c, tol):
-        restart = min(self.restart, self.max_steps)
-        settings = {"restart": restart, "maxiter": -(-self.max_steps // restart), "solve_method": "incremental"}
+        spaces = -(-self.max_steps // self.restart)
+        settings = {"restart": self.max_steps // spaces, "maxiter": spaces, "solve_method": "incremental"}
         return linalg.gmres(matvec, c, x0=_zeros(c), tol=tol, **settings)[0]
 
 
@@ -149,7 +150,7 @@ class BiCGSTAB(LinearSolver):
     """Stabilised bi-conjugate gradients (van der Vorst 1992): two products a step, a fixed few states of memory."""
 
     def _solve_one(self, matvec, rmatvec, c, tol):
-        return linalg.bicgstab(matvec, c, x0=_zeros(c), tol=tol, maxiter=-(-self.max_steps // 2))[0]
+        return linalg.bicgstab(matvec, c, x0=_zeros(c), tol=tol, maxiter=max(1, self.max_steps // 2))[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,7 @@ class NormalCG(LinearSolver):
 
     def _solve_one(self, matvec, rmatvec, c, tol):
         rhs = rmatvec(c)
-        return linalg.cg(lambda u: rmatvec(matvec(u)), rhs, x0=_zeros(rhs), tol=tol, maxiter=-(-self.max_steps // 2))[0]
+        return linalg.cg(lambda u: rmatvec(matvec(u)), rhs, x0=_zeros(rhs), tol=tol, maxiter=max(1, self.max_steps // 2))[0]
 
 
 # Their names in configs.

@@ -24,8 +24,8 @@ class NewtonKrylov(Solver):
 
     The inner tolerance is Eisenstat and Walker's second choice (1996): 0.9 (r / r_previous)^2, at most `forcing`, so that
     early systems are solved loosely and late ones tightly. Steps and budget count evaluations of f; every one comes with
-    up to `inner_steps` products with its Jacobian, each about as dear. They are taken in forward mode, so a solve inside f
-    needs `Implicit(forward_mode=True)`.
+    up to `inner_steps` products with its Jacobian and a few that measure, each about as dear. They are taken in forward
+    mode, so a solve inside f needs `Implicit(forward_mode=True)`.
 
     Attributes:
       inner_steps: budget of Jacobian products per step.

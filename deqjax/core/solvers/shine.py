@@ -1,6 +1,7 @@
 """SHINE: the adjoint system by the inverse that the forward solve has already estimated."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,12 @@ from deqjax.core.solve import solve
 from deqjax.core.solvers.base import Solver, require_count
 from deqjax.core.solvers.broyden import Broyden, BroydenState, inverse_transposed
 from deqjax.core.stats import SolverStats
+
+
+class _Transposed(NamedTuple):
+    """The state of a Broyden solve, for systems with the Jacobian rather than its transpose."""
+
+    state: BroydenState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,13 +48,13 @@ class SHINE:
         Raises:
           TypeError: the forward solver was not Broyden's.
         """
-        if not isinstance(method, BroydenState):
+        if not isinstance(method, BroydenState | _Transposed):
             raise TypeError(
                 "SHINE reuses what the forward Broyden solve learnt, but the forward solver is another: use "
                 "solver=Broyden(memory=None), or another adjoint solver in Implicit."
             )
         # With g = f - z the adjoint solution is -(dg/dz)^-T c.
-        u = jax.tree.map(jnp.negative, inverse_transposed(method, c))
+        u = jax.tree.map(jnp.negative, _apply_inverse(method, c))
         size = batched.norm(u)
         sound = jnp.isfinite(size) & (size <= self.fallback * batched.norm(c))
         u = batched.select(sound, u, c)
@@ -55,3 +62,13 @@ class SHINE:
         solved = solve(linear.plus(c), u, solver)
         # Without refinement the one evaluation only measures the residual.
         return (solved.value if self.refine else u), solved.stats
+
+    def transposed(self, method):
+        """What `solve` needs for the transposed system, as it arises from differentiating again."""
+        return method.state if isinstance(method, _Transposed) else _Transposed(method)
+
+
+def _apply_inverse(method, c: State) -> State:
+    if isinstance(method, BroydenState):
+        return inverse_transposed(method, c)
+    return jax.linear_transpose(lambda u: inverse_transposed(method.state, u), c)(c)[0]
