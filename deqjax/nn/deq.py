@@ -68,7 +68,8 @@ class DEQ(nnx.Module):
           z_init: where to start.
           train: supervised states with gradients, or the single result.
           solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, `f_tol`, `f_limit` (stop after so many
-            steps of the budget; may be traced, as f_tol may), and options of the forward solver.
+            steps of the budget, in the sliced core of each slice's; may be traced, as f_tol may), and options of the forward
+            solver.
           key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
 
         Raises:
