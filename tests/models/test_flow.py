@@ -220,6 +220,33 @@ def test_a_uniform_flow_is_carried_along_unchanged_and_one_that_leaves_becomes_z
     np.testing.assert_array_equal(next_start(z, warm_start=True, fixed_point_reuse=True).flow, 2 * flow)
 
 
+def test_a_target_on_the_frames_edge_is_left_out():
+    """Without horizontal motion the first column's targets lie on it; its pixels take the second column's vectors."""
+    flow = jnp.stack([jnp.zeros((3, 4)), jnp.linspace(0.01, 0.1, 12).reshape(3, 4)], axis=-1)[None]
+    carried = forward_interpolate(flow)
+    np.testing.assert_array_equal(carried[:, :, 1:], flow[:, :, 1:])
+    np.testing.assert_array_equal(carried[:, :, 0], flow[:, :, 1])
+
+
+def test_frozen_batch_normalisation_is_that_of_evaluation(tiny):
+    images = [255 * jax.random.uniform(jax.random.key(k), (1, 16, 24, 3)) for k in (0, 1)]
+
+    @functools.partial(compiled, static_argnames=("train", "freeze"))
+    def encode(state, train, freeze):
+        model = nnx.merge(graph, state)
+        injection = model.encode(*images, train=train, freeze=freeze)
+        return injection, nnx.state(model, nnx.BatchStat)
+
+    graph, state = nnx.split(tiny)
+    expected, before = encode(state, train=False, freeze=False)
+    frozen, after = encode(state, train=True, freeze=True)
+    pairs = lambda a, b: zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    for a, b in pairs(frozen, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert all(np.array_equal(a, b) for a, b in pairs(after, before))
+    assert not all(np.array_equal(a, b) for a, b in pairs(encode(state, train=True, freeze=False)[1], before))
+
+
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,17 @@ def test_a_prediction_does_not_depend_on_padding_or_batch_mates(name):
             np.testing.assert_allclose(alone[:n], together[g][:n], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["chains", "ppi", "graphs"])
+def test_padding_stays_zero_and_has_the_radius_of_a_real_graph(name):
+    graphs = [graph(0, radius=0.7), graph(1, n=5, radius=0.7)]
+    batch = stack(graphs, Bucket(9, 60), n_graphs=3)
+    out = apply(network(name), batch)
+    for values in (*out.states, out.logits) if name == "ppi" else out.states:
+        for values_of_graph, n in zip(values, (7, 5, 0), strict=True):
+            assert not np.any(values_of_graph[n:]) and np.any(values_of_graph[:n]) == (n > 0)
+    np.testing.assert_array_equal(batch.globals[2], batch.globals[0])
+
+
 def test_every_graph_stops_on_its_own():
     """A graph without edges is done at once, whatever its mates need."""
     still = single(np.ones((3, 3)), [], [], np.zeros(0), 3, 1.0)
@@ -187,6 +198,9 @@ def test_graphs_of_all_sizes_fit_in_few_buckets():
         bucket = choose_bucket([g], buckets)
         # Not four times too large: sizes grow by a factor of about (300 / 3) ** (1 / 4) between buckets.
         assert bucket.n_node <= 8 + 3.3 * (int(g.n_node[0]) + 1) and bucket.n_edge >= 3 * int(g.n_node[0])
+    # One node of a bucket is for padding.
+    five = [graph(0, n=5)]
+    assert choose_bucket(five, [Bucket(5, 99), Bucket(6, 99)]) == Bucket(6, 99)
     with pytest.raises(ValueError, match="fits in none"):
         choose_bucket([single(np.zeros((999, 1)), [], [], [], 999)], buckets)
 

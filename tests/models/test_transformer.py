@@ -104,6 +104,17 @@ def test_every_mask_is_a_draw_of_its_own():
     assert masks.position.shape == (10, 1)
 
 
+def test_a_memory_that_is_reset_is_an_empty_one():
+    tokens, lm = tokens_of(), build()
+    full = Memory(*(jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 4, 8), (2, 4, 24)])), jnp.asarray(4))
+    from_empty, from_reset, from_full = (
+        lm(tokens, memory) for memory in (Memory.empty(2, 4, 8), full.reset_where(True), full.reset_where(False))
+    )
+    np.testing.assert_array_equal(from_reset.states[-1], from_empty.states[-1])
+    assert np.any(from_full.states[-1] != from_empty.states[-1])
+    assert int(from_reset.memory.length) == int(from_empty.memory.length)
+
+
 def test_a_memory_passes_no_gradient_on():
     kept = lambda z: Memory.empty(1, 2, 2).append(z, jnp.ones((1, 3, 6)), 2).z
     assert np.all(kept(jnp.ones((1, 3, 2))) == 1) and not np.any(jax.grad(lambda z: jnp.sum(kept(z)))(jnp.ones((1, 3, 2))))

@@ -65,6 +65,17 @@ def test_the_convolution_is_that_of_lax_in_every_derivative(options):
     check_grads(ours, (x, kernel), order=2, modes=["fwd", "rev"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{"strides": 2, "dilation": (1, 2)}, {"padding": ((2, 1), (0, 1)), "dilation": 2}], ids=str)
+def test_the_transpose_is_that_of_lax_in_single_precision_too(options):
+    """It takes another way there than in double precision."""
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 6, 7, 4)), jax.random.normal(jax.random.key(1), (3, 3, 4, 6))
+    derivatives = []
+    for dtype in (jnp.float32, jnp.float64):
+        y, pullback = jax.vjp(lambda x: conv(x, kernel.astype(x.dtype), **options), x.astype(dtype))
+        derivatives.append(pullback(jnp.cos(jnp.arange(y.size, dtype=dtype)).reshape(y.shape))[0])
+    np.testing.assert_allclose(*derivatives, atol=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_convolutions_over_any_number_of_axes(n):
     x, kernel = jnp.ones((2, *(4,) * n, 3)), jnp.ones((*(3,) * n, 3, 5))

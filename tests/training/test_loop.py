@@ -249,9 +249,20 @@ def test_bad_updates_are_skipped_and_counted(tmp_path, monkeypatch):
     np.testing.assert_allclose([entry["train/lr"] for entry in log], [0.05, 0.05, 0.05, 0.005], rtol=1e-6)
 
 
+def test_a_bad_update_leaves_no_trace(tmp_path):
+    spoiled = train(tmp_path / "spoiled", steps=6, poison_from=5, poison_to=6, ema=0.5)
+    before = train(tmp_path / "before", steps=5, ema=0.5)
+    for part in ("params", "opt", "ema", "variables"):
+        got, expected = (arrays(getattr(state, part)) for state in (spoiled, before))
+        assert got.keys() == expected.keys() and got
+        for path, array in got.items():
+            np.testing.assert_array_equal(array, expected[path], err_msg="/".join(path))
+
+
 def test_too_many_bad_updates_stop_the_run(tmp_path):
     with pytest.raises(UserError, match=r"diverged.*last 4 steps, up to step 9; the checkpoint of step 5 is kept"):
         train(tmp_path, poison_from=5, poison_to=12, eval_every=5, **{"max_bad_steps": 3})
+    assert int(train(tmp_path / "borne", poison_from=6, poison_to=9, **{"max_bad_steps": 3}).step) == 12
 
 
 def test_a_step_compiles_once(tmp_path, capsys):

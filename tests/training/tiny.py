@@ -36,6 +36,7 @@ class TinyModel(nnx.Module):
         self.linear = nnx.Linear(FEATURES, width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.memory = BatchVariable(jnp.zeros((BATCH, width)))
+        self.seen = BatchVariable(jnp.zeros((), jnp.int32))
         self.mean = nnx.BatchStat(jnp.zeros(()))
         self.probe = AdjointProbe(adjoint_probe())
 
@@ -84,6 +85,7 @@ class TinyTask:
         prediction = model(model.dropout(batch["x"])) + 0.01 * memory
         loss = jnp.mean((prediction - batch["y"]) ** 2) + self.config.noise * jax.random.normal(key) * jnp.mean(prediction)
         model.memory[...] = jax.lax.stop_gradient(prediction)
+        model.seen[...] = model.seen[...] + 1
         model.mean[...] = 0.9 * model.mean[...] + 0.1 * jax.lax.stop_gradient(jnp.mean(prediction))
         rows = len(prediction)
         return loss, {"loss": (loss * rows, jnp.asarray(rows, loss.dtype))}
