@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from deqjax.core import batched
 from deqjax.core.annotations import Array, ArrayLike, Float, Int, State
 from deqjax.core.hoist import Hoisted, as_image, as_state, check_batch
-from deqjax.core.solvers.base import Solver, require_count, require_solver, split_options
+from deqjax.core.solvers.base import Solver, require_count, require_solver, without_gradients
 from deqjax.core.stats import DIVERGENCE_FACTOR, SolverStats, Status
 
 # Keeps the relative residual finite when f(z) = 0.
@@ -75,8 +75,7 @@ def solve(
     """
     require_solver(solver)
     # A fixed point does not depend on how it was found.
-    options, with_options = split_options(solver)
-    solver = with_options(jax.lax.stop_gradient(options))
+    solver = without_gradients(solver)
     if not isinstance(f, Hoisted):
         # A hoisted map has been checked.
         z_init, f = as_state(z_init), lambda z, f=f: as_image(z, f(z))

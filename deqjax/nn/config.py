@@ -149,18 +149,16 @@ class DEQConfig:
 
     # What the settings stand for -------------------------------------------------------------------------------------
 
-    def eval_budget(self, f_max_iter: int | None = None, eval_f_max_iter: int | None = None) -> int:
-        """Solver steps in evaluation, by these settings or with others in their places.
+    def eval_budget(self) -> int:
+        """Solver steps in evaluation.
 
         Raises:
           ValueError: there are none.
         """
-        f_max_iter = self.f_max_iter if f_max_iter is None else f_max_iter
-        eval_f_max_iter = self.eval_f_max_iter if eval_f_max_iter is None else eval_f_max_iter
-        budget = eval_f_max_iter if eval_f_max_iter > 0 else int(f_max_iter * self.eval_factor)
+        budget = self.eval_f_max_iter if self.eval_f_max_iter > 0 else int(self.f_max_iter * self.eval_factor)
         if budget < 1:
             raise ValueError(
-                f"evaluation would take no solver step (f_max_iter={f_max_iter}, eval_factor={self.eval_factor}): set "
+                f"evaluation would take no solver step (f_max_iter={self.f_max_iter}, eval_factor={self.eval_factor}): set "
                 "eval_f_max_iter, for a model that is trained by unrolling to the number of steps that it was trained with."
             )
         return budget

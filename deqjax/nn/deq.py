@@ -13,7 +13,7 @@ from deqjax.core.hoist import Hoisted, as_state, check_batch, hoist
 from deqjax.core.implicit import Implicit
 from deqjax.core.solve import solve
 from deqjax.core.solvers import Picard
-from deqjax.core.solvers.base import require, require_count
+from deqjax.core.solvers.base import require, require_count, without_gradients
 from deqjax.core.stability import spectral_radius
 from deqjax.core.stats import SolverStats
 from deqjax.nn.config import DEQConfig
@@ -67,9 +67,9 @@ class DEQ(nnx.Module):
           f: maps states `[B, ...]` to states, closed over its injection.
           z_init: where to start.
           train: supervised states with gradients, or the single result.
-          solver_options: this call's overrides: `f_max_iter`, `eval_f_max_iter`, `f_tol`, `f_limit` (stop after so many
-            steps of the budget, in the sliced core of each slice's; may be traced, as f_tol may), and options of the forward
-            solver.
+          solver_options: this call's overrides: `f_max_iter` (the budget in evaluation as well), `eval_f_max_iter`, `f_tol`,
+            `f_limit` (stop after so many steps of the budget, in the sliced core of each slice's; may be traced, as f_tol
+            may), and options of the forward solver.
           key: draws the start of the spectral-radius estimate, or give the start itself as `radius_start`.
 
         Raises:
@@ -81,13 +81,13 @@ class DEQ(nnx.Module):
         check_batch(z_init)
         f = hoist(f, z_init)
         options = dict(solver_options or {})
-        max_iter = options.pop("f_max_iter", self.config.f_max_iter)
-        eval_max_iter = options.pop("eval_f_max_iter", self.config.eval_f_max_iter)
-        require_count("f_max_iter", max_iter, 0)
+        max_iter, eval_max_iter = options.pop("f_max_iter", None), options.pop("eval_f_max_iter", None)
+        for name, value in (("f_max_iter", max_iter), ("eval_f_max_iter", eval_max_iter)):
+            require_count(name, 0 if value is None else value, 0)
         if train:
             run = self._indexed if self.config.core == "indexing" else self._sliced
-            return DEQOutput(*run(f, z_init, max_iter, options), None)
-        budget = self.config.eval_budget(max_iter, eval_max_iter)
+            return DEQOutput(*run(f, z_init, self.config.f_max_iter if max_iter is None else max_iter, options), None)
+        budget = eval_max_iter or max_iter or self.config.eval_budget()
         return self._evaluate(f, z_init, budget, options, key, radius_start)
 
     def trajectory(self, f: Callable[[PyTree], PyTree], z_init: PyTree, steps: Sequence[int]) -> tuple[tuple, SolverStats]:
@@ -142,6 +142,6 @@ class DEQ(nnx.Module):
         solver = self.config.forward_solver(budget, tol, options)
         if self.config.preset == "torchdeq" and isinstance(solver, Picard):
             # The original measures the residual of the damped map.
-            tau, solver = solver.damping, dataclasses.replace(solver, damping=1.0)
+            tau, solver = without_gradients(solver).damping, dataclasses.replace(solver, damping=1.0)
             f = Hoisted(lambda constants, z, g=f.function: damped(lambda z: g(constants, z), tau)(z), f.constants)
         return solve(f.detached(), z, solver, sample_at, limit)

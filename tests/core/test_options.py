@@ -1,11 +1,15 @@
 """Options may be traced, wherever a solve stands, and get no gradient where the solution does not depend on them."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deqjax import SHINE, Anderson, Broyden, Implicit, NewtonKrylov, Picard, Reversible, Unrolled, fixed_point
+from deqjax import DEQ, SHINE, Anderson, Broyden, Implicit, NewtonKrylov, Picard, Reversible, Solver, Unrolled, fixed_point
+from deqjax.core import batched
 from tests.core.test_fixed_point import cell
 
 # (solver, rule) of a tolerance and a damping.
@@ -70,3 +74,55 @@ def test_an_unrolled_solve_has_a_gradient_in_its_damping(problem):
 
     numerical = (value(0.7 + 1e-6) - value(0.7 - 1e-6)) / 2e-6
     np.testing.assert_allclose(jax.grad(value)(0.7), numerical, rtol=1e-7)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeping(Solver):
+    """A solver of a user's: given the share of z to keep, it stores in a dictionary what moves."""
+
+    keep: Any = 0.5
+    moving: Any = dataclasses.field(init=False, default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "keep", 1 - self.keep)
+        object.__setattr__(self, "moving", {"share": self.keep})
+
+    def init(self, z):
+        return ()
+
+    def step(self, f, z, f_z, state):
+        return batched.mix(z, f_z, self.moving["share"]), state
+
+
+def test_a_users_solver_is_taken_as_it_was_made(problem):
+    W, x = problem
+
+    def value(W, keep):
+        solver = Keeping(max_steps=90, tol=1e-12, keep=keep)
+        return fixed_point(cell, jnp.zeros_like(x), W, x, solver=solver, gradient=Implicit(solver=solver))
+
+    steps = fixed_point(cell, jnp.zeros_like(x), W, x, solver=Picard(max_steps=90, tol=1e-12, damping=0.7)).stats.steps
+    np.testing.assert_array_equal(value(W, 0.3).stats.steps, steps)
+    gradient = jax.grad(jax.jit(lambda W, keep: jnp.sum(value(W, keep).value ** 2)), argnums=(0, 1))
+    expected = jax.grad(lambda W: jnp.sum(value(W, 0.3).value ** 2))(W)
+    of_W, of_keep = gradient(W, jnp.asarray(0.3))
+    np.testing.assert_allclose(of_W, expected, rtol=1e-9)
+    assert of_keep == 0
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_damping_of_the_preset_may_be_traced(train):
+    def loss(tau):
+        deq = DEQ(preset="torchdeq", f_solver="fixed_point_iter", ift=True, f_options={"damping": tau})
+        return jnp.sum(deq(lambda z: 0.5 * jnp.cos(z), jnp.zeros((2, 3)), train=train).states[-1])
+
+    assert jax.grad(loss)(0.9) == 0
+
+
+def test_a_share_of_double_precision_leaves_the_state_in_its_own():
+    z = jnp.zeros((2, 3), jnp.bfloat16)
+    f = lambda z, w: (w * jnp.cos(z.astype(jnp.float32))).astype(z.dtype)
+    value = lambda w, beta: fixed_point(f, z, w, solver=Picard(max_steps=8), gradient=Reversible(beta=beta)).value
+    gradient = lambda beta: jax.grad(lambda w: jnp.sum(value(w, beta).astype(jnp.float32)))(jnp.float32(0.5))
+    np.testing.assert_array_equal(gradient(np.float64(0.5)), gradient(0.5))

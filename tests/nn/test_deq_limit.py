@@ -22,6 +22,15 @@ def test_a_limit_gives_what_so_small_a_budget_gives(check_every):
         assert stats.abs_trace.shape[1] == 9
 
 
+@pytest.mark.parametrize("settings", [{"eval_factor": 2.0}, {"eval_f_max_iter": 30}, {}], ids=str)
+def test_the_budget_of_a_call_is_its_own_in_evaluation_too(settings):
+    """As in TorchDEQ, whatever the settings make of theirs."""
+    deq = DEQ(f_max_iter=40, f_tol=0.0, preset="torchdeq", **settings)
+    for options, steps in (({"f_max_iter": 5}, 5), ({"f_max_iter": 5, "eval_f_max_iter": 3}, 3)):
+        np.testing.assert_array_equal(deq(F, START, train=False, solver_options=options).stats.steps, steps)
+    np.testing.assert_array_equal(deq(F, START, train=True, solver_options={"f_max_iter": 5}).stats.steps, 5)
+
+
 def test_the_options_of_a_call_hold_for_every_slice():
     deq = DEQ(f_max_iter=20, n_states=2, f_tol=0.0)
     _, stats, _ = deq(F, START, train=True, solver_options={"f_tol": 1e9})

@@ -1,5 +1,6 @@
 """What a solver is: hyper-parameters, `init` and `step`. The loop belongs to `core.solve`."""
 
+import copy
 import dataclasses
 import numbers
 from collections.abc import Callable
@@ -67,23 +68,36 @@ def split_options(rule) -> tuple[list, Callable[[list], Any]]:
 
     They may be traced, and derivative rules may close over nothing that is.
     """
-    arrays, rebuilders = [], {}
-    for field in dataclasses.fields(rule):
-        value = getattr(rule, field.name)
-        if isinstance(value, jax.Array):
-            inside, rebuild = [value], lambda new: new[0]
-        elif dataclasses.is_dataclass(value):
-            inside, rebuild = split_options(value)
-        else:
-            continue
-        if inside:
-            rebuilders[field.name] = (slice(len(arrays), len(arrays) + len(inside)), rebuild)
-            arrays += inside
+    names = [field.name for field in dataclasses.fields(rule) if hasattr(rule, field.name)]
+    leaves, structure = jax.tree.flatten([getattr(rule, name) for name in names])
+
+    def split(leaf):
+        if isinstance(leaf, jax.Array):
+            return [leaf], lambda new: new[0]
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            return split_options(leaf)
+        return [], lambda _: leaf
+
+    parts = [split(leaf) for leaf in leaves]
+    arrays = [array for inside, _ in parts for array in inside]
 
     def with_arrays(new):
-        return dataclasses.replace(rule, **{name: rebuild(new[place]) for name, (place, rebuild) in rebuilders.items()})
+        if not new:
+            return rule
+        # The options have been checked and may have been changed by that: a copy is not made from them anew.
+        new, copied = iter(new), copy.copy(rule)
+        values = [rebuild([next(new) for _ in inside]) for inside, rebuild in parts]
+        for name, value in zip(names, jax.tree.unflatten(structure, values), strict=True):
+            object.__setattr__(copied, name, value)
+        return copied
 
     return arrays, with_arrays
+
+
+def without_gradients(solver: Solver) -> Solver:
+    """The same solver, whose options get no gradient."""
+    arrays, with_arrays = split_options(solver)
+    return with_arrays(jax.lax.stop_gradient(arrays))
 
 
 def require(condition, name, value, allowed):

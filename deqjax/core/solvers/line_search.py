@@ -22,8 +22,8 @@ def step_length(f, z: State, residual: State, direction: State, scope: str) -> F
       scope: "sample" chooses a step for each sample, "batch" one for all by the sum of their phi.
 
     Returns:
-      One step per sample; to differentiation a constant. Where none of 0.01 or more is good enough it is the full one, since a
-      direction may lead out of a local minimum, or the shortest tried if f is not finite there.
+      One step per sample; to differentiation a constant. Where none is good enough before they get shorter than 0.01 it is the
+      full one, since a direction may lead out of a local minimum, or the shortest tried if f is not finite there.
     """
     z, residual, direction = jax.lax.stop_gradient((z, residual, direction))
     sufficient, shortest = 1e-4, 1e-2
