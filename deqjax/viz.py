@@ -28,7 +28,9 @@ def plot_convergence(stats: SolverStats, ax=None, *, mode: str = "rel", tol: flo
         raise ValueError(f'mode={mode!r}: must be "abs" or "rel".')
     trace_BN = np.asarray(getattr(stats, f"{mode}_trace"), np.float64)
     trace_BN = trace_BN.reshape(stats.status.size, trace_BN.shape[-1])
-    if not trace_BN.size:
+    if not stats.status.size:
+        raise ValueError("these statistics are of no samples: there is nothing to draw.")
+    if not np.any(np.asarray(stats.steps)):
         raise ValueError("these statistics have no trace: the solve took no steps.")
     if not np.any(np.isfinite(trace_BN)):
         raise ValueError("no residual of these statistics is finite: f gave NaN or infinity from the first step on.")
@@ -38,10 +40,11 @@ def plot_convergence(stats: SolverStats, ax=None, *, mode: str = "rel", tol: flo
         raise ImportError('plotting needs Matplotlib: pip install "deqjax[viz]"') from error
 
     ax = plt.figure(figsize=(6, 4)).add_subplot() if ax is None else ax
-    steps = np.arange(1, trace_BN.shape[1] + 1)
-    taken_B = np.ravel(stats.steps) if trace_BN.shape[1] > 1 else np.ones(len(trace_BN))
+    taken_B = np.ravel(stats.steps)
+    # A solve without monitoring measures at its end only.
+    steps = np.arange(1, trace_BN.shape[1] + 1) if trace_BN.shape[1] > 1 else taken_B[:1]
     # The padding after a sample's end is not a measurement.
-    trace_BN = np.where(steps[None] <= taken_B[:, None], trace_BN, np.nan)
+    trace_BN = np.where((steps[None] <= taken_B[:, None]) & np.isfinite(trace_BN), trace_BN, np.nan)
     if len(trace_BN) <= _LINES:
         for i, trace in enumerate(trace_BN):
             ax.plot(steps, trace, marker=".", linewidth=1, label=f"sample {i}")

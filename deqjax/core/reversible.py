@@ -18,8 +18,7 @@ class Reversible(Gradient):
 
     Two states y and z take turns: y <- (1 - beta) y + beta f(z), then z <- (1 - beta) z + beta f(y). Either line can be
     solved for what it overwrote, so nothing is stored. This is the forward iteration too: of the solver only `max_steps`
-    (two evaluations of f a step, of which the first measures the residual: so a trace has half as many entries), `tol` and
-    `stop_mode` are used, and the whole batch stops at once.
+    (two evaluations of f a step), `tol` and `stop_mode` are used, and the whole batch stops at once, by the residuals at y.
     Gives a gradient to `z_init` as well. Not differentiable twice.
 
     Going back divides by 1 - beta, which multiplies rounding as often as there are steps: in float32 stay below about 20
@@ -42,7 +41,10 @@ class Reversible(Gradient):
         smooth, fixed, rebuild = f.split()
         options, with_options = split_options(solver)
         mixed = lambda a, b: batched.mix(a, b, self.beta)  # noqa: E731
-        unmixed = lambda new, b: jax.tree.map(lambda n, x: (n - self.beta * x) / (1 - self.beta), new, b)  # noqa: E731
+
+        def unmixed(new, b):
+            beta = lambda x: jnp.asarray(self.beta, x.dtype)  # noqa: E731
+            return jax.tree.map(lambda n, x: (n - beta(x) * x) / (1 - beta(x)), new, b)
 
         @jax.custom_vjp
         def iterate(smooth, fixed, options, z_init):
@@ -51,22 +53,27 @@ class Reversible(Gradient):
         def forward(smooth, fixed, options, z_init):
             f, solver = rebuild(smooth, fixed), with_options(options)
             zero = jnp.zeros_like(batched.norm(z_init))
-            trace = jnp.repeat(zero[:, None], n_steps, axis=1)
+            trace = jnp.repeat(zero[:, None], 2 * n_steps, axis=1)
 
             def unfinished(carry):
                 step, _, _, done, _, _ = carry
                 return (step < n_steps) & ~done
 
             def advance(carry):
-                step, y, z, _, abs_trace, rel_trace = carry
+                step, y, z, _, *traces = carry
                 f_z = f(z)
-                absolute, relative = residuals(z, f_z)
+                at_z = residuals(z, f_z)
                 y = mixed(y, f_z)
-                z = mixed(z, f(y))
-                done = jnp.all((absolute if solver.stop_mode == "abs" else relative) < solver.tol)
-                later = jnp.arange(n_steps, dtype=jnp.int32)[None] >= step
-                record = lambda trace, new: jnp.where(later, new[:, None], trace)  # noqa: E731
-                return step + 1, y, z, done, record(abs_trace, absolute), record(rel_trace, relative)
+                f_y = f(y)
+                at_y = residuals(y, f_y)
+                z = mixed(z, f_y)
+                done = jnp.all((at_y[0] if solver.stop_mode == "abs" else at_y[1]) < solver.tol)
+                evaluation = jnp.arange(2 * n_steps, dtype=jnp.int32)[None]
+                for first, measured in ((2 * step, at_z), (2 * step + 1, at_y)):
+                    # The last one stands for all that do not take place.
+                    pairs = zip(traces, measured, strict=True)
+                    traces = [jnp.where(evaluation >= first, new[:, None], trace) for trace, new in pairs]
+                return step + 1, y, z, done, *traces
 
             start = (jnp.zeros((), jnp.int32), z_init, z_init, jnp.any(zero != 0), trace, trace)
             step, y, z, _, abs_trace, rel_trace = jax.lax.while_loop(unfinished, advance, start)

@@ -45,7 +45,7 @@ def jacobian_loss(
         keys = jax.random.split(key, len(leaves))
         drawn = [jax.random.normal(k, (n_probes, *x.shape), x.dtype) for k, x in zip(keys, leaves, strict=True)]
         probes = jax.tree.unflatten(structure, drawn)
-    size = sum(x.size for x in leaves)
+    size = max(sum(x.size for x in leaves), 1)
     pullback = jax.vjp(lambda z: as_image(z, f(z)), z)[1]
 
     def squared(v):
@@ -100,36 +100,34 @@ def spectral_radius(
         v, _ = carry
         image = pullback(v)[0]
         # Zero once v is: J^T maps everything that is left to nothing.
-        eigenvalue = batched.inner(image, v) * _reciprocal(batched.inner(v, v))
-        return batched.scaled(_reciprocal(batched.norm(image)), image), eigenvalue
+        return _unit(image)[0], batched.inner(image, v)
 
-    _, eigenvalue = jax.lax.fori_loop(0, steps, iterate, (start, batched.norm(start)))
-    return jnp.abs(eigenvalue)
+    v, length = _unit(start)
+    return jnp.abs(jax.lax.fori_loop(0, steps, iterate, (v, length))[1])
 
 
 def _hessenberg(linear, start: State, steps: int) -> Float[Array, "B M M"]:
     """The linear map on its Krylov space, in an orthonormal basis of it."""
     basis = batched.new_history(start, steps)
-    scaled = lambda v, by: batched.add_scaled(jax.tree.map(jnp.zeros_like, v), by, v)  # noqa: E731
-    v = scaled(start, _reciprocal(batched.norm(start)))
+    v, _ = _unit(start)
     columns = jnp.repeat(jnp.repeat(jnp.zeros_like(batched.norm(v))[:, None, None], steps, axis=1), steps, axis=2)
 
     def extend(k, carry):
         v, basis, columns = carry
         basis = batched.write(basis, k, v)
-        image = linear(v)
-        size = batched.norm(image)
+        image, size = _unit(linear(v))
         # Gram-Schmidt, twice: once is not enough in finite precision.
         first = batched.coefficients(basis, image)
         image = batched.subtract(image, batched.combine(basis, first))
         second = batched.coefficients(basis, image)
         image = batched.subtract(image, batched.combine(basis, second))
         # What is left after an invariant space is found is rounding, and ends the basis.
-        length = batched.norm(image)
-        length = jnp.where(length > 1e3 * jnp.finfo(length.dtype).eps * size, length, 0)
+        v, length = _unit(image)
+        rounding = length <= 1e3 * jnp.finfo(length.dtype).eps
+        v, length = batched.select(rounding, jax.tree.map(jnp.zeros_like, v), v), jnp.where(rounding, 0, length)
         below = jnp.arange(steps, dtype=jnp.int32) == k + 1
         column = first + second + jnp.where(below[None], length[:, None], 0)
-        return scaled(image, _reciprocal(length)), basis, columns.at[:, :, k].set(column)
+        return v, basis, columns.at[:, :, k].set(size[:, None] * column)
 
     return jax.lax.fori_loop(0, steps, extend, (v, basis, columns))[2]
 
@@ -140,18 +138,27 @@ def _radius_of_small(matrix: Float[Array, "B M M"]) -> Float[Array, " B"]:
 
     def square(_, carry):
         matrix, log_scale = carry
-        size = jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(1, 2)))
-        matrix = matrix * _reciprocal(size)[:, None, None]
+        size = largest(matrix)
+        matrix = matrix / size[:, None, None]
         # A = size * (A / size): each squaring doubles the logarithm collected so far.
-        log_scale = 2 * (log_scale + jnp.log(jnp.where(size > 0, size, 1)))
+        log_scale = 2 * (log_scale + jnp.log(size))
         return jnp.einsum("BMN,BNK->BMK", matrix, matrix, precision=jax.lax.Precision.HIGHEST), log_scale
+
+    def largest(matrix):
+        # 1 for a matrix of zeros, and of NaN NaN.
+        size = jnp.max(jnp.abs(matrix), axis=(1, 2))
+        return jnp.where(size == 0, 1, size)
 
     start = (matrix, jnp.zeros_like(matrix[:, 0, 0]))
     power, log_scale = jax.lax.fori_loop(0, squarings, square, start)
-    size = jnp.sqrt(jnp.sum(jnp.square(power), axis=(1, 2)))
-    log_radius = (log_scale + jnp.log(jnp.where(size > 0, size, 1))) / 2**squarings
-    return jnp.where(size > 0, jnp.exp(log_radius), 0)
+    log_radius = (log_scale + jnp.log(largest(power))) / 2**squarings
+    return jnp.where(jnp.all(power == 0, axis=(1, 2)), 0, jnp.exp(log_radius))
 
 
-def _reciprocal(x):
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+def _unit(state: State) -> tuple[State, Float[Array, " B"]]:
+    """Each sample scaled to length 1, zeros left as they are, and its length; no square overflows or vanishes on the way."""
+    size = batched.largest(state)
+    size = jnp.where(size == 0, 1, size)
+    state = batched.scaled(1 / size, state)
+    length = batched.norm(state)
+    return batched.scaled(1 / jnp.where(length == 0, 1, length), state), size * length

@@ -25,11 +25,12 @@ class Status(enum.IntEnum):
 _EXPLANATIONS = {
     Status.CONVERGED: "the residual fell below `tol`.",
     Status.STEP_LIMIT: "`max_steps` evaluations did not reach `tol`; raise `max_steps`, loosen `tol`, or use Anderson "
-    "or Broyden if this was Picard. The best iterate seen was returned.",
+    "or Broyden if this was Picard. By default the best iterate is returned.",
     Status.DIVERGED: "the residual grew away from its start: f does not contract here. Damp the solver (`damping`), use "
-    "Broyden, or make f better behaved (weight normalisation, Jacobian regularisation). The best iterate was returned.",
-    Status.NON_FINITE: "f returned NaN or infinity, or a state whose square overflows; the best finite iterate was returned. "
-    "Look for overflow in f, lower the learning rate, or damp the solver.",
+    "Broyden, or make f better behaved (weight normalisation, Jacobian regularisation). By default the best iterate is "
+    "returned.",
+    Status.NON_FINITE: "f returned NaN or infinity, or a state whose square overflows; by default the best finite iterate is "
+    "returned. Look for overflow in f, lower the learning rate, or damp the solver.",
 }
 
 # What samples have done, in a sentence.
@@ -51,7 +52,8 @@ class SolverStats:
     """Statistics of a solve over B samples with a budget of N evaluations of f.
 
     Attributes:
-      abs_lowest, rel_lowest: `[B]` smallest residuals `|f(z) - z|` and `|f(z) - z| / (|f(z)| + 1e-9)`.
+      abs_lowest, rel_lowest: `[B]` smallest residuals `|f(z) - z|` and `|f(z) - z| / (|f(z)| + 1e-9)`; of a solve that returns
+        its last state (`return_final`, `monitor=False`, `Unrolled`, `Reversible`) the last ones.
       best_step: `[B]` evaluation that gave the returned state, counted from 1 (0: none was accepted).
       steps: `[B]` evaluations of f until the sample was finished.
       abs_trace, rel_trace: `[B, N]` residual at each evaluation, padded with the lowest once the sample is finished.

@@ -72,6 +72,15 @@ def test_what_cannot_be_estimated_is_explained():
 
 
 @pytest.mark.parametrize("method", ["power", "arnoldi"])
+def test_a_radius_has_no_bound_and_what_is_not_finite_has_none(method):
+    radius = lambda f, z=0.0: spectral_radius(f, jnp.full((2, 3), z, jnp.float32), jax.random.key(0), method=method, steps=4)
+    for size in (1e-30, 1e-25, 1e20, 1e30):
+        np.testing.assert_allclose(radius(lambda z, size=size: size * z), size, rtol=1e-4)
+    assert not np.any(np.isfinite(radius(jnp.sqrt)))  # the derivative at 0 is infinite
+    assert np.all(np.isnan(radius(lambda z: jnp.nan * z)))
+
+
+@pytest.mark.parametrize("method", ["power", "arnoldi"])
 def test_a_map_that_forgets_its_state_has_no_radius(method):
     """A nilpotent Jacobian and an empty one: every power of them ends in nothing."""
     A = jnp.stack([jnp.diag(jnp.ones(3), 1), jnp.zeros((4, 4))])
