@@ -71,12 +71,21 @@ class Prefetch:
             return self._collate([job() for job in self._jobs(step)])
         wanted = range(step, step + 1 + self._ahead)
         for other in [s for s in self._pending if s not in wanted]:
-            for future in self._pending.pop(other):
-                future.cancel()
+            _cancel(self._pending.pop(other))
         for s in wanted:
             if s not in self._pending:
                 self._pending[s] = [self._pool.submit(job) for job in self._jobs(s)]
-        return self._collate([future.result() for future in self._pending.pop(step)])
+        futures = self._pending.pop(step)
+        try:
+            return self._collate([future.result() for future in futures])
+        finally:
+            # If one has failed, nobody wants the others.
+            _cancel(futures)
+
+    def cancel(self) -> None:
+        """Gives up what has been begun ahead of its use: a program waits at its end for all that is queued."""
+        for step in list(self._pending):
+            _cancel(self._pending.pop(step))
 
     def rate(self, seconds: float = 2.0, most: int = 16) -> float:
         """Batches per second of the pipeline alone, measured over so many seconds (or batches), the first one left out."""
@@ -86,6 +95,11 @@ class Prefetch:
             done += 1
             self.batch(done)
         return done / max(time.monotonic() - start, 1e-9)
+
+
+def _cancel(futures):
+    for future in futures:
+        future.cancel()
 
 
 def stacked(samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -58,6 +58,10 @@ class ImageBatches:
         """`{"image": [B_local, H, W, C]}`, 8 bits unsigned."""
         return self._stream.batch(step)
 
+    def cancel(self) -> None:
+        """See `Prefetch`."""
+        self._stream.cancel()
+
     def _jobs(self, step: int) -> list[Callable[[], np.ndarray]]:
         rows = rows_of_batch(self.seed, step, len(self.images), self.batch_size)
         mirrored = self.flip & (np.random.default_rng((self.seed, step, 1)).random(self.batch_size) < 0.5)

@@ -49,6 +49,7 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
 
         # Data, model and optimiser shapes ----------------------------------------------------------------------------
         stream = task.data("train")
+        closing.callback(getattr(stream, "cancel", lambda: None))
         mesh = make_mesh(settings.mesh)
         first_batch = place_batch(mesh, stream.batch(0))
         program = prepare(task, config, mesh, first_batch)

@@ -44,7 +44,7 @@ class Task(Protocol):
         ...
 
     def data(self, split: str) -> Stream:
-        """The stream of a split; the loop asks for "train"."""
+        """The stream of a split; the loop asks for "train". Its `cancel()`, if it has one, is called at the run's end."""
         ...
 
     def loss(self, model: nnx.Module, batch: dict, key: jax.Array, step: jax.Array) -> tuple[jax.Array, dict]:

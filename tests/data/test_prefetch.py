@@ -1,5 +1,7 @@
 """Batches made by background threads."""
 
+import contextlib
+import functools
 import os
 import threading
 
@@ -67,3 +69,26 @@ def test_what_a_thread_raises_reaches_the_caller():
         Prefetch(jobs, stacked).batch(0)
     with pytest.raises(ValueError, match="ahead=0"):
         Prefetch(jobs, stacked, ahead=0)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_is_queued_when_a_stream_ends_is_not_done(fails):
+    """A program waits at its end for every job that a thread pool has."""
+    done, free = [], threading.Event()
+
+    def job(step, row):
+        if (step, row) == (0, 4) and fails:
+            raise DataError("torn file")
+        if step or (row > 4):
+            free.wait()
+        done.append((step, row))
+        return {"x": np.zeros(1)}
+
+    stream = Prefetch(lambda step: [functools.partial(job, step, row) for row in range(10 if fails else 5)], stacked, threads=1)
+    with pytest.raises(DataError, match="torn file") if fails else contextlib.nullcontext():
+        stream.batch(0)
+    stream.cancel()
+    free.set()
+    stream._pool.shutdown()
+    # One more may have been under way.
+    assert len(done) <= (5 if fails else 6)
