@@ -114,8 +114,9 @@ def step_function(task: Task, config: Mapping, program: Program, log_every: int)
         # Whole gradients too: otherwise their split would reach back into the solve. Each device then updates its part.
         grads = jax.lax.with_sharding_constraint(grads, program.gathered)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         updates, opt = program.optimizer.update(grads, state.opt, state.params)
+        # A sound gradient may still make an update that is not, as by a rate far too large.
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(updates))
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - settings.ema) if settings.ema else ()
 

@@ -15,7 +15,7 @@ from deqjax.training import checkpoint, loop
 from deqjax.training.checkpoint import committed_steps, load_params
 from deqjax.training.errors import UserError
 from deqjax.training.start import trained_model
-from tests.training.runs import arrays, assert_equal_states, lines, start, train
+from tests.training.runs import arrays, assert_equal_states, lines, start, stopped, train
 from tests.training.tiny import TinyTask, get_config
 
 
@@ -257,6 +257,14 @@ def test_a_bad_update_leaves_no_trace(tmp_path):
         assert got.keys() == expected.keys() and got
         for path, array in got.items():
             np.testing.assert_array_equal(array, expected[path], err_msg="/".join(path))
+
+
+def test_an_update_that_is_not_finite_is_a_bad_one_though_its_gradient_is_sound(tmp_path):
+    """The solver would hide such weights: it falls back to its start, and losses stay finite."""
+    reckless = {"optimizer.name": "sgd", "optimizer.clip": 0.0, "optimizer.learning_rate": 1e39}
+    state = train(tmp_path, dropout=0.0, max_bad_steps=99, **reckless)
+    assert int(state.skipped) == 12
+    assert all(np.all(np.isfinite(x)) for x in arrays(state.params).values())
 
 
 def test_too_many_bad_updates_stop_the_run(tmp_path):
