@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,20 @@ class Checkpoints:
                 damaged.append(error)
         others = "Remove that folder" if len(damaged) == 1 else f"No other is sound either. Remove {self.directory}"
         raise DamagedCheckpoint(f"{damaged[0]} {others} and the run starts anew.", damaged[0].step) from damaged[0]
+
+    def adopt(self, other: "Checkpoints", step: int) -> None:
+        """Copies the checkpoint of a step of another run, and its best ones up to there, to this run; before `open`."""
+        wanted = dict.fromkeys([step, *(best for best in other.best_steps()[: self._keep] if best <= step)])
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            copies = {best: self.directory / f".{best}" for best in wanted}
+            for best, copy in copies.items():
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(other.directory / str(best), copy)
+            # The one to go on from comes first: whenever this is interrupted, the run begins there.
+            for best, copy in copies.items():
+                copy.rename(self.directory / str(best))
+        agree(True)
 
     def set_aside(self, step: int) -> Path:
         """Moves a checkpoint to where it is in nobody's way; returns where."""

@@ -33,9 +33,11 @@ def start(task: Task, config: Mapping, checkpoints: Checkpoints, program: Progra
     elif config.get("resume"):
         if not committed_steps(config["resume"]):
             raise UserError(f"config.resume={config['resume']!r} has no checkpoint; it must be the --workdir of a run.")
-        state, damaged = _restore(task, config, Checkpoints(config["resume"]), program, allow_changes)
+        other = Checkpoints(config["resume"], metric=config.get("best_metric", "loss"), mode=config.get("best_mode", "min"))
+        state, damaged = _restore(task, config, other, program, allow_changes)
         for error in damaged:  # which stay where they are: that run is not this one's
             say(str(error))
+        checkpoints.adopt(other, int(state.step))
     elif config.get("init_from"):
         state = initialise_from(task, config, config["init_from"], program)
     else:
@@ -85,7 +87,7 @@ def changes(before: Mapping, now: Mapping, free=()) -> list[tuple[str, bool]]:
         was, is_ = before.get(path), now.get(path)
         if was == is_:
             continue
-        follows = was == before.get(("steps",)) and is_ == now.get(("steps",))
+        follows = path[-1].endswith("steps") and was == before.get(("steps",)) and is_ == now.get(("steps",))
         if path == ("optimizer", "max_steps") and None not in (was, is_):  # the schedule may end some steps after the run
             follows = was - before[("steps",)] == is_ - now[("steps",)]
         allowed = follows or any(

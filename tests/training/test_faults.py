@@ -290,6 +290,13 @@ def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path, capsys):
     assert "config.seed was 3, is 4" in out and "config.log_every was 3, is 2" in out
 
 
+def test_a_seed_is_no_number_of_steps(tmp_path):
+    """Settings that follow from config.steps may change with it; one that has the same value by chance may not."""
+    stopped(tmp_path, 5, steps=12, seed=12)
+    with pytest.raises(UserError, match=r"config\.seed was 12, is 14"):
+        train(tmp_path, steps=14, seed=14)
+
+
 def test_a_batch_that_makes_the_solver_fail_is_counted_and_survived(tmp_path, monkeypatch):
     original = TinyTask.batch
 

@@ -267,6 +267,23 @@ def test_an_update_that_is_not_finite_is_a_bad_one_though_its_gradient_is_sound(
     assert all(np.all(np.isfinite(x)) for x in arrays(state.params).values())
 
 
+def test_a_run_that_goes_on_elsewhere_takes_its_best_weights_along(tmp_path, monkeypatch):
+    """Also one that has no steps left to take."""
+    losses = {4: 1.0, 8: 3.0, 12: 2.0}
+
+    def evaluate(self, model, split):
+        return {"loss": losses[int(model.seen[...])]} if split == "valid" else {"seen": float(model.seen[...])}
+
+    monkeypatch.setattr(TinyTask, "evaluate", evaluate)
+    tested = lambda name: lines(tmp_path / name)[-1]["test/seen"]
+    train(tmp_path / "unbroken")
+    stopped(tmp_path / "before", 9)
+    train(tmp_path / "after", resume=str(tmp_path / "before"))
+    train(tmp_path / "again", resume=str(tmp_path / "after"))
+    assert tested("unbroken") == tested("after") == tested("again") == 4
+    assert committed_steps(tmp_path / "again") == [4, 12]
+
+
 def test_too_many_bad_updates_stop_the_run(tmp_path):
     with pytest.raises(UserError, match=r"diverged.*last 4 steps, up to step 9; the checkpoint of step 5 is kept"):
         train(tmp_path, poison_from=5, poison_to=12, eval_every=5, **{"max_bad_steps": 3})
