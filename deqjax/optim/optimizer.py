@@ -11,6 +11,7 @@ from deqjax.core.naming import leaf_path
 from deqjax.optim.schedules import check_name, learning_rate
 from deqjax.training.errors import UserError
 
+_AT_LEAST_0 = ("learning_rate", "weight_decay", "clip", "clip_value", "eps", "warmup_steps", "decay_factor", "lr_min")
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop", "adagrad")
 
 
@@ -91,29 +92,38 @@ def build_optimizer(config: Mapping, tied: Sequence[Sequence[tuple[str, ...]]] =
     """
     name = config.get("name", "adam")
     check_name("name", name, OPTIMIZERS)
-    for setting in ("learning_rate", "weight_decay", "clip", "clip_value"):
+    if config.get("learning_rate") is None:
+        raise UserError("The config lacks config.optimizer.learning_rate.")
+    for setting in _AT_LEAST_0:
         # A negative bound would turn the gradient round, NaN would get into the weights.
         if not 0 <= (value := config.get(setting) or 0) < math.inf:
             raise UserError(f"config.optimizer.{setting}={value}: must be a number, 0 or more.")
-    decay = float(config.get("weight_decay", 0.0))
-    parts = []
-    if decay and name != "adamw":
-        parts.append(optax.add_decayed_weights(decay))
+    for setting in ("b1", "b2", "decay", "momentum"):
+        if not 0 <= (value := config.get(setting) or 0) < 1:
+            raise UserError(f"config.optimizer.{setting}={value}: must be from 0 to less than 1.")
+
+    # What has no state has a place all the same: turning it on or off in a run leaves that of the others where it is.
+    def given(setting, make):
+        return make(float(config[setting])) if config.get(setting) else optax.identity()
+
+    scale, momentum = optax.identity(), optax.identity()
     if name in ("adam", "adamw"):
-        parts.append(optax.scale_by_adam(config.get("b1", 0.9), config.get("b2", 0.999), config.get("eps", 1e-8)))
+        scale = optax.scale_by_adam(config.get("b1", 0.9), config.get("b2", 0.999), config.get("eps", 1e-8))
     elif name == "rmsprop":
-        parts.append(optax.scale_by_rms(config.get("decay", 0.99), config.get("eps", 1e-8), eps_in_sqrt=False))
+        scale = optax.scale_by_rms(config.get("decay", 0.99), config.get("eps", 1e-8), eps_in_sqrt=False)
     elif name == "adagrad":
-        parts.append(_scale_by_adagrad(config.get("eps", 1e-10)))
-    if name in ("sgd", "rmsprop") and config.get("momentum", 0.0):
-        parts.append(optax.trace(config["momentum"], nesterov=config.get("nesterov", False)))
-    if decay and name == "adamw":
-        parts.append(optax.add_decayed_weights(decay))
-    clip = [clip_by_global_norm(float(config["clip"]))] if config.get("clip", 0.0) else []
-    clip += [optax.clip(float(config["clip_value"]))] if config.get("clip_value", 0.0) else []
-    tie = [tie_updates(tied)] if tied else []
-    rate = optax.scale_by_learning_rate(learning_rate(config))
-    return optax.chain(*clip, leave_untouched(optax.chain(*(parts or [optax.identity()]))), rate, *tie)
+        scale = _scale_by_adagrad(config.get("eps", 1e-10))
+    if name in ("sgd", "rmsprop"):
+        momentum = given("momentum", lambda decay: optax.trace(decay, nesterov=config.get("nesterov", False)))
+    decay = given("weight_decay", optax.add_decayed_weights)
+    coupled, decoupled = (optax.identity(), decay) if name == "adamw" else (decay, optax.identity())
+    return optax.chain(
+        given("clip", clip_by_global_norm),
+        given("clip_value", optax.clip),
+        leave_untouched(optax.chain(coupled, scale, momentum, decoupled)),
+        optax.scale_by_learning_rate(learning_rate(config)),
+        tie_updates(tied),
+    )
 
 
 def _scale_by_adagrad(eps: float) -> optax.GradientTransformation:

@@ -19,11 +19,11 @@ class Settings:
       keep: how many of the best checkpoints to keep beside the latest two.
       best_metric, best_mode: which metric of the validation ranks checkpoints, and whether "min" or "max" is best.
       patience: stop after so many evaluations in a row without a new best; 0: never.
-      max_bad_steps: more updates in a row than this without a finite gradient end the run.
+      max_bad_steps: a run ends at a line of its log before which more updates in a row than this were not finite.
       accumulate: compute the gradient of a batch in so many slices, in the memory of one.
       ema: decay of a moving average of the weights, which is then what is evaluated and exported; 0: none.
       mesh: sizes of the axes data, fsdp and model; -1 takes what is left.
-      resume: working directory of another run, which this one continues.
+      resume: working directory of another run, which this one continues; its best checkpoints are copied.
       init_from: weights to begin with, another run's working directory or a file that the task can import.
       tensorboard: write events to `workdir/tensorboard`.
       wandb: project to log to with Weights & Biases; empty: none. `WANDB_MODE=offline` needs no network.
@@ -49,7 +49,8 @@ class Settings:
     @classmethod
     def read(cls, config: Mapping) -> "Settings":
         """Raises UserError for a number that is missing or cannot be."""
-        for name, what in (("steps", "the number of updates of the whole run"), ("seed", "of everything random")):
+        needed = {"steps": "the number of updates of the whole run", "seed": "of everything random"}
+        for name, what in (needed | {"optimizer": "its name and learning_rate"}).items():
             if config.get(name) is None:
                 raise UserError(f"The config lacks config.{name}, {what}.")
         if not 0 <= config["seed"] < 2**32:

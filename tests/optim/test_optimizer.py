@@ -147,8 +147,17 @@ def test_a_mistyped_name_is_an_error_that_names_the_right_one(config, message):
         build_optimizer({"learning_rate": 1.0} | config)
 
 
-@pytest.mark.parametrize("setting", ["learning_rate", "weight_decay", "clip", "clip_value"])
-@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "setting, value",
+    [(setting, value) for setting in ("learning_rate", "clip_value") for value in (-1.0, float("nan"), float("inf"))]
+    + [(setting, -1.0) for setting in ("weight_decay", "clip", "eps", "warmup_steps", "decay_factor", "lr_min")]
+    + [(setting, value) for setting in ("b1", "b2", "decay", "momentum") for value in (-0.1, 1.0)],
+)
 def test_a_number_that_cannot_be_is_an_error(setting, value):
     with pytest.raises(UserError, match=f"config.optimizer.{setting}={value}: must be"):
         build_optimizer({"learning_rate": 1.0} | {setting: value})
+
+
+def test_a_rate_that_is_missing_is_an_error():
+    with pytest.raises(UserError, match=r"lacks config\.optimizer\.learning_rate"):
+        build_optimizer({"name": "adam"})

@@ -284,6 +284,12 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_weights_along(tmp_path, mon
     assert committed_steps(tmp_path / "again") == [4, 12]
 
 
+def test_clipping_and_decay_may_begin_in_a_run(tmp_path):
+    stopped(tmp_path, 5, **{"optimizer.clip": 0.0})
+    changed = {"optimizer.clip": 1.0, "optimizer.weight_decay": 1e-4, "optimizer.clip_value": 9.0}
+    assert int(train(tmp_path, allow_changes=True, **changed).step) == 12
+
+
 def test_too_many_bad_updates_stop_the_run(tmp_path):
     with pytest.raises(UserError, match=r"diverged.*last 4 steps, up to step 9; the checkpoint of step 5 is kept"):
         train(tmp_path, poison_from=5, poison_to=12, eval_every=5, **{"max_bad_steps": 3})
