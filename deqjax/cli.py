@@ -126,6 +126,8 @@ def parse(argv: list[str], modes=MODES, default_workdir: str = "runs") -> flags.
     name, _, variant = path.partition(":")
     if not Path(name).is_file():
         raise UserError(f"--config={path}: there is no such file.{_available(path)}")
+    if Path(name).suffix != ".py":
+        raise UserError(f"--config={path}: a config is a Python file with a function get_config, and ends in .py.")
     config = load_config(path)
     _check_overrides(remaining, config)
     try:

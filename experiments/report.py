@@ -48,7 +48,7 @@ def read_run(workdir: Path) -> tuple[Curves, dict]:
             values.append(value)
     try:
         config = dict(_flat(json.loads((workdir / "config.json").read_text())))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         config = {}
     return curves, config
 

@@ -65,7 +65,7 @@ def test_a_misspelt_directory_is_not_made(tmp_path, capsys):
     ours = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)  # as for a user, whose programs are kept in the directory
     try:
-        assert run(TinyTask, ["tiny", CONFIG, f"--workdir={tmp_path / 'runz'}", "--mode=eval"]) == 2
+        assert run(TinyTask, ["tiny", CONFIG, f"--workdir={tmp_path / 'runz' / 'deep'}", "--mode=eval"]) == 2
     finally:
         jax.config.update("jax_compilation_cache_dir", ours)
         compilation_cache.reset_cache()

@@ -20,7 +20,7 @@ def kept_in(workdir):
     A directory that cannot be written is left alone: programs are then compiled anew.
     """
     workdir = Path(workdir).absolute()
-    folder, new = workdir / FOLDER, not workdir.exists()
+    folder, new = workdir / FOLDER, [path for path in (workdir, *workdir.parents) if not path.exists()]
     if jax.config.jax_compilation_cache_dir is not None:
         yield
         return
@@ -37,8 +37,8 @@ def kept_in(workdir):
         # A command that compiled nothing, such as one with a misspelt --workdir, leaves no empty directory.
         with contextlib.suppress(OSError):
             folder.rmdir()
-            if new:
-                workdir.rmdir()
+            for path in new:
+                path.rmdir()
 
 
 def _drop_torn(folder: Path) -> None:

@@ -134,7 +134,7 @@ def read_log(path: Path) -> list[tuple[int, dict[str, float]]]:
     """
     entries = []
     for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             values = json.loads(line)
             step = int(values.pop("step"))
             entries.append((step, {name: float(value) for name, value in values.items()}))

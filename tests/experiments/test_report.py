@@ -50,6 +50,7 @@ def test_damaged_lines_and_settings_are_left_out(config, tmp_path):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write(
             '\n{"step": 1, "train/loss": null}\n{"step": "x", "train/loss": 1}\n{"step": 2, "train/loss": {}}\n[1]\nnull\n'
+            '{"step": 1e999, "train/loss": 7}\n' + "[" * 100_000 + "\n"
         )
     (tmp_path / "run" / "config.json").write_text(config)
     assert main(["report", str(tmp_path / "run")]) == 0
