@@ -67,8 +67,8 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     return config
 
 
-def base(name: str) -> ml_collections.ConfigDict:
-    """What all multiscale configs share: every key, with its default. Modes that write files do so below `runs/name`."""
+def base(recipe: str) -> ml_collections.ConfigDict:
+    """What all multiscale configs share: every key, with its default. Modes that write files do so below `runs/recipe`."""
     config = ml_collections.ConfigDict()
     config.seed = 42
 
@@ -163,7 +163,7 @@ def base(name: str) -> ml_collections.ConfigDict:
     config.anytime = ml_collections.ConfigDict()
     config.anytime.split = "test"
     config.anytime.steps = ()  # every number up to the budget of evaluation
-    config.anytime.out = f"runs/{name}/anytime"
+    config.anytime.out = f"runs/{recipe}/anytime"
     return config
 
 

@@ -45,9 +45,9 @@ def get_config(variant: str = "small") -> ml_collections.ConfigDict:
     return config
 
 
-def base(name: str) -> ml_collections.ConfigDict:
+def base(recipe: str) -> ml_collections.ConfigDict:
     """What all segmentation configs share."""
-    config = mdeq_cifar10.base(name)
+    config = mdeq_cifar10.base(recipe)
     for name in ("select", "image_size", "resize", "pad", "crop_area", "crop_aspect", "crop_attempts"):
         del config.data[name]
     config.data.eval_batch_size = 1
@@ -69,5 +69,5 @@ def base(name: str) -> ml_collections.ConfigDict:
 
     config.predict = ml_collections.ConfigDict()
     config.predict.folder = ""
-    config.predict.out = f"runs/{name}/predictions"
+    config.predict.out = f"runs/{recipe}/predictions"
     return config

@@ -375,6 +375,13 @@ def test_every_field_of_the_network_and_of_training_is_on_the_command_line():
     assert (config.steps, config.optimizer.max_steps) == (10, 20)
 
 
+@pytest.mark.parametrize("module", [mdeq_cifar10, mdeq_cityscapes, mdeq_digits, mdeq_imagenet, mdeq_shapes])
+def test_files_of_one_recipe_do_not_replace_those_of_another(module):
+    config, name = module.get_config(), module.__name__.rpartition(".")[2]
+    assert config.anytime.out == f"runs/{name}/anytime"
+    assert config.get("predict", {"out": f"runs/{name}/predictions"})["out"] == f"runs/{name}/predictions"
+
+
 RECIPES = [(mdeq_cifar10, v) for v in mdeq_cifar10.VARIANTS] + [(mdeq_imagenet, v) for v in mdeq_imagenet.VARIANTS]
 RECIPES += [(mdeq_cityscapes, v) for v in mdeq_cityscapes.VARIANTS]
 
