@@ -55,6 +55,9 @@ class Checkpoints:
         Raises:
           UserError: the directory cannot be used.
         """
+        if jax.process_index() == 0:
+            for leftover in self.directory.glob(".[0-9]*"):  # of an `adopt`
+                shutil.rmtree(leftover, ignore_errors=True)
         self._values = {step: self._value(step) for step in self.steps()}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, cleanup_tmp_directories=True, lightweight_initialize=True
@@ -245,7 +248,7 @@ class Checkpoints:
 
     def adopt(self, other: "Checkpoints", step: int) -> None:
         """Copies the checkpoint of a step of another run, and its best ones up to there, to this run; before `open`."""
-        wanted = dict.fromkeys([step, *(best for best in other.best_steps()[: self._keep] if best <= step)])
+        wanted = dict.fromkeys([step, *[best for best in other.best_steps() if best <= step][: self._keep]])
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
             copies = {best: self.directory / f".{best}" for best in wanted}

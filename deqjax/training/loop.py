@@ -108,8 +108,8 @@ def train(task: Task, config: Mapping, workdir, *, allow_changes: bool = False, 
                 checkpoints.wait()
                 kept = checkpoints.steps()
                 raise UserError(
-                    f"Training diverged: the loss or its gradient was not finite in the last {in_a_row:.0f} steps, up to "
-                    f"step {at}; {f'the checkpoint of step {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. "
+                    f"Training diverged: loss, gradient or update were not finite in the last {in_a_row:.0f} steps, up to step "
+                    f"{at}; {f'the checkpoint of step {kept[-1]} is kept' if kept else 'there is no checkpoint yet'}. "
                     "Lower config.optimizer.learning_rate, clip the gradient (config.optimizer.clip), or solve the "
                     "equilibrium more tightly. config.max_bad_steps is how many such steps in a row are put up with."
                 )

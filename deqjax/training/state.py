@@ -22,7 +22,7 @@ class TrainState:
       variables: `nnx.State` of all else in the model: memories, statistics, random streams.
       opt: the optimiser's state.
       sums: `{name: (sum, count)}` of the metrics since the last log line.
-      skipped: updates skipped because loss or gradient was not finite.
+      skipped: updates skipped because loss, gradient or they themselves were not finite.
       skipped_in_a_row: those since the last good one.
       best: the best value of the validation metric so far.
       stale: evaluations since then.

@@ -156,11 +156,12 @@ def test_leftovers_and_strangers_among_the_checkpoints_do_no_harm(unbroken, tmp_
     (folder / "8.orbax-checkpoint-tmp-0").mkdir()
     (folder / "notes.txt").write_text("mine")
     (folder / "old").mkdir()
+    (folder / ".4").mkdir()  # of a run that was killed while it took over another's
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'\xff\xfe garbage\n[1]\n{"no": "step"}\n{"step": 9, "train/loss": 1.0}\n{"step": 10, "tra')
     assert_equal_states(train(tmp_path), unbroken[0])
     assert lines(tmp_path) == lines(unbroken[1])
-    assert (folder / "notes.txt").exists()
+    assert (folder / "notes.txt").exists() and not (folder / ".4").exists()
 
 
 def test_a_second_process_on_a_workdir_is_refused(tmp_path):
