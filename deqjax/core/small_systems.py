@@ -14,12 +14,12 @@ _WRITTEN_OUT = 8
 
 
 def solve_positive(matrix: Inexact[Array, "M M B"], rhs: Inexact[Array, "M B"]) -> Inexact[Array, "M B"]:
-    """Solves symmetric positive definite systems by Cholesky factors, with zeros for what is not finite in a singular one.
+    """Solves symmetric positive definite systems by Cholesky factors; a solution that is not finite is all zeros.
 
     Its derivatives are solves of the same systems: those through the factors of a nearly singular one are mostly rounding.
     """
     product = lambda x: jnp.einsum("MNB,NB->MB", matrix, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
-    factorised = lambda _, b: _finite(_cholesky_solve(matrix, b))  # noqa: E731
+    factorised = lambda _, b: _finite(_cholesky_solve(matrix, b), axis=0)  # noqa: E731
     return jax.lax.custom_linear_solve(product, rhs, factorised, symmetric=True)
 
 
@@ -48,18 +48,18 @@ def _cholesky_solve(matrix, rhs):
 
 
 def solve_general(matrix: Inexact[Array, "B M M"], rhs: Inexact[Array, "B M"]) -> Inexact[Array, "B M"]:
-    """Solves any systems by LU factors, with zeros for what is not finite in a singular one. The samples come first here."""
+    """Solves any systems by LU factors; a solution that is not finite is all zeros. The samples come first here."""
 
     def factorised(matrix):
-        return lambda _, b: _finite(jnp.linalg.solve(matrix, b[..., None])[..., 0])
+        return lambda _, b: _finite(jnp.linalg.solve(matrix, b[..., None])[..., 0], axis=1)
 
     product = lambda x: jnp.einsum("BMN,BN->BM", matrix, x, precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     return jax.lax.custom_linear_solve(product, rhs, factorised(matrix), factorised(jnp.swapaxes(matrix, 1, 2)))
 
 
-def _finite(x):
+def _finite(x, axis):
     # A NaN would survive in derivatives even where the solution is not used.
-    return jnp.where(jnp.isfinite(x), x, 0)
+    return jnp.where(jnp.all(jnp.isfinite(x), axis=axis, keepdims=True), x, 0)
 
 
 def solve_lower(matrix: Inexact[Array, "M M B"], rhs: Inexact[Array, "M B"], transpose: bool = False) -> Inexact[Array, "M B"]:

@@ -100,7 +100,8 @@ def spectral_radius(
         v, _ = carry
         image = pullback(v)[0]
         # Zero once v is: J^T maps everything that is left to nothing.
-        return _unit(image)[0], batched.inner(image, v)
+        size = batched.inner(v, v)  # 1 but for rounding
+        return _unit(image)[0], batched.inner(image, v) / jnp.where(size == 0, 1, size)
 
     v, length = _unit(start)
     return jnp.abs(jax.lax.fori_loop(0, steps, iterate, (v, length))[1])
@@ -109,6 +110,7 @@ def spectral_radius(
 def _hessenberg(linear, start: State, steps: int) -> Float[Array, "B M M"]:
     """The linear map on its Krylov space, in an orthonormal basis of it."""
     basis = batched.new_history(start, steps)
+    resolution = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(start))
     v, _ = _unit(start)
     columns = jnp.repeat(jnp.repeat(jnp.zeros_like(batched.norm(v))[:, None, None], steps, axis=1), steps, axis=2)
 
@@ -123,7 +125,7 @@ def _hessenberg(linear, start: State, steps: int) -> Float[Array, "B M M"]:
         image = batched.subtract(image, batched.combine(basis, second))
         # What is left after an invariant space is found is rounding, and ends the basis.
         v, length = _unit(image)
-        rounding = length <= 1e3 * jnp.finfo(length.dtype).eps
+        rounding = length <= max(1e3 * float(jnp.finfo(length.dtype).eps), 8 * resolution)
         v, length = batched.select(rounding, jax.tree.map(jnp.zeros_like, v), v), jnp.where(rounding, 0, length)
         below = jnp.arange(steps, dtype=jnp.int32) == k + 1
         column = first + second + jnp.where(below[None], length[:, None], 0)

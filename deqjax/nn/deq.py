@@ -87,7 +87,11 @@ class DEQ(nnx.Module):
         if train:
             run = self._indexed if self.config.core == "indexing" else self._sliced
             return DEQOutput(*run(f, z_init, self.config.f_max_iter if max_iter is None else max_iter, options), None)
-        budget = eval_max_iter or max_iter or self.config.eval_budget()
+        config = self.config if eval_max_iter is None else dataclasses.replace(self.config, eval_f_max_iter=eval_max_iter)
+        if max_iter is None or eval_max_iter:
+            budget = config.eval_budget()
+        else:
+            require_count("f_max_iter", budget := max_iter, 1)
         return self._evaluate(f, z_init, budget, options, key, radius_start)
 
     def trajectory(self, f: Callable[[PyTree], PyTree], z_init: PyTree, steps: Sequence[int]) -> tuple[tuple, SolverStats]:

@@ -128,7 +128,7 @@ def test_forward_mode_where_a_parameter_reaches_one_leaf_alone(adjoint):
 
 @pytest.mark.parametrize(
     ("adjoint", "measuring"),
-    [(GMRES(max_steps=30), 4), (GMRES(max_steps=7), 3), (GMRES(max_steps=9, restart=4), 5)]
+    [(GMRES(max_steps=30), 3), (GMRES(max_steps=7), 3), (GMRES(max_steps=9, restart=4), 4)]
     + [(BiCGSTAB(max_steps=n), 2) for n in (2, 5, 8)]
     + [(NormalCG(max_steps=n), 4) for n in (2, 5, 8)],
     ids=str,

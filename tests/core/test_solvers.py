@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from deqjax import Anderson, Broyden, NewtonKrylov, Picard, Status, TriangularAnderson, fixed_point
-from deqjax.core.small_systems import solve_lower, solve_positive
+from deqjax.core.small_systems import solve_general, solve_lower, solve_positive
 from deqjax.core.solve import solve
 from deqjax.core.solvers.broyden import inverse_transposed
 from deqjax.core.solvers.line_search import step_length
@@ -125,6 +125,16 @@ def test_small_systems(n):
     matrix, rhs = a @ jnp.swapaxes(a, 1, 2) + 0.1 * jnp.eye(n)[None], jax.random.normal(jax.random.key(1), (5, n))
     got = solve_positive(jnp.moveaxis(matrix, 0, -1), rhs.T).T
     np.testing.assert_allclose(got, jnp.linalg.solve(matrix, rhs[..., None])[..., 0], rtol=1e-8)
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_a_singular_system_has_no_part_of_a_solution(n):
+    matrix = jnp.stack([jnp.eye(n), jnp.eye(n).at[1].set(0).at[:, 1].set(0)])
+    rhs = jnp.ones((2, n))
+    for solution in (solve_general(matrix, rhs), solve_positive(jnp.moveaxis(matrix, 0, -1), rhs.T).T):
+        np.testing.assert_allclose(solution[0], 1)
+        # Written out, a pivot of 0 counts as the smallest number there is.
+        assert not np.any(solution[1]) or np.max(solution[1]) > 1e100
 
 
 def test_nothing_compiles_again_when_numbers_change():

@@ -76,6 +76,8 @@ def test_a_radius_has_no_bound_and_what_is_not_finite_has_none(method):
     radius = lambda f, z=0.0: spectral_radius(f, jnp.full((2, 3), z, jnp.float32), jax.random.key(0), method=method, steps=4)
     for size in (1e-30, 1e-25, 1e20, 1e30):
         np.testing.assert_allclose(radius(lambda z, size=size: size * z), size, rtol=1e-4)
+    coarse = spectral_radius(lambda z: 0.9 * z, jnp.zeros((3, 50), jnp.bfloat16), jax.random.key(0), method=method, steps=12)
+    np.testing.assert_allclose(coarse, 0.9, rtol=1e-2)
     assert not np.any(np.isfinite(radius(jnp.sqrt)))  # the derivative at 0 is infinite
     assert np.all(np.isnan(radius(lambda z: jnp.nan * z)))
 

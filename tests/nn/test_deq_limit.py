@@ -29,6 +29,11 @@ def test_the_budget_of_a_call_is_its_own_in_evaluation_too(settings):
     for options, steps in (({"f_max_iter": 5}, 5), ({"f_max_iter": 5, "eval_f_max_iter": 3}, 3)):
         np.testing.assert_array_equal(deq(F, START, train=False, solver_options=options).stats.steps, steps)
     np.testing.assert_array_equal(deq(F, START, train=True, solver_options={"f_max_iter": 5}).stats.steps, 5)
+    with pytest.raises(ValueError, match="f_max_iter=0"):
+        deq(F, START, train=False, solver_options={"f_max_iter": 0})
+    # 0 stands for eval_factor times f_max_iter, in a call as in a config.
+    steps = deq(F, START, train=False, solver_options={"eval_f_max_iter": 0}).stats.steps
+    np.testing.assert_array_equal(steps, 40 * settings.get("eval_factor", 1))
 
 
 def test_the_options_of_a_call_hold_for_every_slice():

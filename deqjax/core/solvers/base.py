@@ -69,7 +69,9 @@ def split_options(rule) -> tuple[list, Callable[[list], Any]]:
     They may be traced, and derivative rules may close over nothing that is.
     """
     names = [field.name for field in dataclasses.fields(rule) if hasattr(rule, field.name)]
-    leaves, structure = jax.tree.flatten([getattr(rule, name) for name in names])
+    # JAX sorts the keys of dictionaries.
+    unsortable = lambda x: isinstance(x, dict) and not all(isinstance(key, str) for key in x)  # noqa: E731
+    leaves, structure = jax.tree.flatten([getattr(rule, name) for name in names], is_leaf=unsortable)
 
     def split(leaf):
         if isinstance(leaf, jax.Array):

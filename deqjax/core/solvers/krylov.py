@@ -130,7 +130,8 @@ class GMRES(LinearSolver):
     """Generalised minimal residuals (Saad and Schultz 1986), restarted.
 
     Attributes:
-      restart: largest dimension of a Krylov space, so many states of memory. A larger budget is shared out evenly.
+      restart: largest dimension of a Krylov space, so many states of memory. A larger budget is for as many whole spaces as it
+        holds.
     """
 
     restart: int = 20
@@ -140,8 +141,8 @@ class GMRES(LinearSolver):
         require_count("restart", self.restart, 1)
 
     def _solve_one(self, matvec, rmatvec, c, tol):
-        spaces = -(-self.max_steps // self.restart)
-        settings = {"restart": self.max_steps // spaces, "maxiter": spaces, "solve_method": "incremental"}
+        restart = min(self.restart, self.max_steps)
+        settings = {"restart": restart, "maxiter": self.max_steps // restart, "solve_method": "incremental"}
         return linalg.gmres(matvec, c, x0=_zeros(c), tol=tol, **settings)[0]
 
 
