@@ -87,12 +87,11 @@ class DEQ(nnx.Module):
         if train:
             run = self._indexed if self.config.core == "indexing" else self._sliced
             return DEQOutput(*run(f, z_init, self.config.f_max_iter if max_iter is None else max_iter, options), None)
-        config = self.config if eval_max_iter is None else dataclasses.replace(self.config, eval_f_max_iter=eval_max_iter)
         if max_iter is None or eval_max_iter:
-            budget = config.eval_budget()
-        else:
-            require_count("f_max_iter", budget := max_iter, 1)
-        return self._evaluate(f, z_init, budget, options, key, radius_start)
+            given = {} if eval_max_iter is None else {"eval_f_max_iter": eval_max_iter}
+            max_iter = dataclasses.replace(self.config, **given).eval_budget()
+        require_count("f_max_iter", max_iter, 1)
+        return self._evaluate(f, z_init, max_iter, options, key, radius_start)
 
     def trajectory(self, f: Callable[[PyTree], PyTree], z_init: PyTree, steps: Sequence[int]) -> tuple[tuple, SolverStats]:
         """The best state after each of several numbers of evaluations, all from one solve, as in evaluation but without a stop.

@@ -36,7 +36,7 @@ def step_length(f, z: State, residual: State, direction: State, scope: str) -> F
 
     def shorten(carry):
         s, phi, s_before, phi_before, accepted = carry
-        # How far phi is above its tangent at 0, as the parabola is, and its share of the cubic.
+        # Above its tangent at 0 phi is b s^2 by the parabola through this trial, b s^2 + a s^3 by the cubic through both.
         above, above_before = phi - (1 - s) * phi_0, phi_before - (1 - s_before) * phi_0
         a = (above / s**2 - above_before / s_before**2) / (s - s_before)
         b = above / s**2 - a * s
