@@ -99,8 +99,8 @@ def spectral_radius(
     def iterate(_, carry):
         v, _ = carry
         image = pullback(v)[0]
-        # Zero once v is: J^T maps everything that is left to nothing.
-        size = batched.inner(v, v)  # 1 but for rounding
+        # 1 but for rounding; zero once J^T maps everything that is left to nothing.
+        size = batched.inner(v, v)
         return _unit(image)[0], batched.inner(image, v) / jnp.where(size == 0, 1, size)
 
     v, length = _unit(start)
@@ -138,6 +138,11 @@ def _radius_of_small(matrix: Float[Array, "B M M"]) -> Float[Array, " B"]:
     """Spectral radius by Gelfand's formula |A^(2^k)|^(1/2^k), squaring; runs where no eigenvalue routine does."""
     squarings = 12
 
+    def largest(matrix):
+        # 1 for a matrix of zeros, and of NaN NaN.
+        size = jnp.max(jnp.abs(matrix), axis=(1, 2))
+        return jnp.where(size == 0, 1, size)
+
     def square(_, carry):
         matrix, log_scale = carry
         size = largest(matrix)
@@ -145,11 +150,6 @@ def _radius_of_small(matrix: Float[Array, "B M M"]) -> Float[Array, " B"]:
         # A = size * (A / size): each squaring doubles the logarithm collected so far.
         log_scale = 2 * (log_scale + jnp.log(size))
         return jnp.einsum("BMN,BNK->BMK", matrix, matrix, precision=jax.lax.Precision.HIGHEST), log_scale
-
-    def largest(matrix):
-        # 1 for a matrix of zeros, and of NaN NaN.
-        size = jnp.max(jnp.abs(matrix), axis=(1, 2))
-        return jnp.where(size == 0, 1, size)
 
     start = (matrix, jnp.zeros_like(matrix[:, 0, 0]))
     power, log_scale = jax.lax.fori_loop(0, squarings, square, start)

@@ -49,8 +49,12 @@ class Settings:
     @classmethod
     def read(cls, config: Mapping) -> "Settings":
         """Raises UserError for a number that is missing or cannot be."""
-        needed = {"steps": "the number of updates of the whole run", "seed": "of everything random"}
-        for name, what in (needed | {"optimizer": "its name and learning_rate"}).items():
+        needed = {
+            "steps": "the number of updates of the whole run",
+            "seed": "of everything random",
+            "optimizer": "its name and learning_rate",
+        }
+        for name, what in needed.items():
             if config.get(name) is None:
                 raise UserError(f"The config lacks config.{name}, {what}.")
         if not 0 <= config["seed"] < 2**32:
