@@ -195,7 +195,7 @@ def test_a_sample_that_is_not_finite_has_no_say_in_a_common_step():
 
 
 def test_a_line_search_reaches_what_newton_alone_overshoots():
-    """Each full step from the start multiplies the residual a millionfold; a parabola asks for less than a hundredth of it."""
+    """From the start a full step multiplies the residual more than a millionfold; a parabola asks for less than a hundredth."""
     c = jnp.asarray([[5.0, 12.0], [1.0, 9.0]])
     f = lambda z: z - 0.5 * (jnp.expm1(z) - c)
     start = -jnp.ones_like(c)
