@@ -81,6 +81,7 @@ class Keeping(Solver):
     """A solver of a user's: given the share of z to keep, it stores in a dictionary what moves."""
 
     keep: Any = 0.5
+    names: Any = dataclasses.field(default_factory=lambda: {1: "one", "b": "two"})  # keys that JAX cannot sort
     moving: Any = dataclasses.field(init=False, default=None)
 
     def __post_init__(self):

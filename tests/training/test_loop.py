@@ -12,7 +12,7 @@ import pytest
 
 from deqjax.data.errors import DataError
 from deqjax.training import checkpoint, loop
-from deqjax.training.checkpoint import committed_steps, load_params
+from deqjax.training.checkpoint import Checkpoints, committed_steps, load_params
 from deqjax.training.errors import UserError
 from deqjax.training.start import trained_model
 from tests.training.runs import arrays, assert_equal_states, lines, start, stopped, train
@@ -282,6 +282,19 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_weights_along(tmp_path, mon
     train(tmp_path / "again", resume=str(tmp_path / "after"))
     assert tested("unbroken") == tested("after") == tested("again") == 4
     assert committed_steps(tmp_path / "again") == [4, 12]
+
+
+def test_a_run_that_goes_on_from_before_damage_takes_the_best_weights_up_to_there(tmp_path, monkeypatch):
+    losses, every = {4: 2.0, 8: 3.0, 12: 1.0}, {"eval_every": 4, "checkpoint_every": 4}
+    evaluate = lambda self, model, split: {"loss": losses[int(model.seen[...])]} if split == "valid" else {}
+    monkeypatch.setattr(TinyTask, "evaluate", evaluate)
+    train(tmp_path / "before", keep=3, **every)
+    for file in (tmp_path / "before" / "checkpoints" / "12" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    losses[12] = 9.0
+    train(tmp_path / "after", resume=str(tmp_path / "before"), **every)
+    assert Checkpoints(tmp_path / "after").best_steps() == [4, 8, 12]
 
 
 def test_clipping_and_decay_may_begin_in_a_run(tmp_path):
